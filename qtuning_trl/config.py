@@ -1,0 +1,152 @@
+"""`QTuningSFTConfig`: TRL's `SFTConfig` plus the options of Q-Tuning."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*$")
+TOKEN_PRUNING = ("mask", "drop")
+SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
+
+
+@dataclass
+class QTuningSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`QTuningSFTTrainer`].
+
+    It holds every option of TRL's [`~trl.SFTConfig`], and the options of Q-Tuning below. The help text of each option
+    is its `metadata["help"]` (`qtuning sft --help` prints them).
+    """
+
+    # Parameters that control the budget
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Samples x tokens to keep, in per cent, e.g. `'12.5x50'`. A shorthand that sets `sample_ratio` and "
+            "`token_ratio`; give either the budget or the ratios."
+        },
+    )
+    sample_ratio: float = field(
+        default=0.125,
+        metadata={
+            "help": "Share of the candidate samples to train on (r_sample in the paper), in (0, 1]. Exactly "
+            "`floor(sample_ratio * pool)` samples survive, and at least one. 1.0 keeps every sample."
+        },
+    )
+    token_ratio: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the answer tokens to keep in the surviving samples of quadrant Q2 (r_token in the "
+            "paper), in (0, 1]. 1.0 keeps every token."
+        },
+    )
+
+    # Parameters that control the method
+    neighbor_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the neighbours in the token score (lambda in the paper's eq. 7), in [0, 1]. 0.0 scores "
+            "a token by its own perplexity only."
+        },
+    )
+    token_pruning: str = field(
+        default="mask",
+        metadata={
+            "help": "What happens to a pruned answer token: `'mask'` takes it out of the loss and leaves it in the "
+            "context, `'drop'` takes it out of the sequence, which also saves its compute.",
+            "choices": list(TOKEN_PRUNING),
+        },
+    )
+    protect_special_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether special tokens in the answer (end of sequence, end of turn) are never pruned, so that the "
+            "model does not unlearn to stop. They count towards the token budget."
+        },
+    )
+
+    # Parameters that control the pool of candidates
+    pool_factor: int = field(
+        default=1,
+        metadata={
+            "help": "Number of candidates drawn per slot of the optimizer step. With 1, a step draws the samples that "
+            "`SFTTrainer` would train on and trains on fewer. With 8 and `sample_ratio=0.125` it draws eight times as "
+            "many and trains on a full step. `pool_factor * sample_ratio` must not exceed 1."
+        },
+    )
+    selection_scope: str = field(
+        default="process",
+        metadata={
+            "help": "Candidates compared with each other: `'process'` (those of the whole optimizer step on each "
+            "process), `'all_processes'` (those of the whole optimizer step on all processes), or `'micro_batch'` "
+            "(those of one per-device micro-batch, as in the paper).",
+            "choices": list(SELECTION_SCOPES),
+        },
+    )
+    scoring_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, "
+            "`per_device_train_batch_size` times the longest candidate: no more than one training micro-batch of the "
+            "unpruned run."
+        },
+    )
+
+    # Parameters that control the records
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column (e.g. `'source'`) by whose values the run's summary counts candidates and survivors."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget is not None:
+            self._apply_budget(self.budget)
+        for name in ("sample_ratio", "token_ratio"):
+            value = getattr(self, name)
+            if not 0.0 < value <= 1.0:
+                remedy = f" (did you mean {value / 100:g}?)" if 1.0 < value <= 100.0 else ""
+                raise ValueError(
+                    f"`{name}` is {value}: give a share greater than 0 and at most 1, such as 0.25{remedy}."
+                )
+        if not 0.0 <= self.neighbor_weight <= 1.0:
+            raise ValueError(f"`neighbor_weight` is {self.neighbor_weight}: give a weight from 0 to 1, such as 0.5.")
+        for name, choices in (("token_pruning", TOKEN_PRUNING), ("selection_scope", SELECTION_SCOPES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+        if self.pool_factor < 1:
+            raise ValueError(f"`pool_factor` is {self.pool_factor}: give a whole number of at least 1.")
+        if self.pool_factor * self.sample_ratio > 1.0:
+            raise ValueError(
+                f"`pool_factor` is {self.pool_factor} and `sample_ratio` is {self.sample_ratio}: their product must not "
+                f"exceed 1, so that the survivors fit into one optimizer step; set `pool_factor` to "
+                f"{math.floor(1.0 / self.sample_ratio)} or less."
+            )
+        if self.scoring_batch_tokens is not None and self.scoring_batch_tokens < 1:
+            raise ValueError(
+                f"`scoring_batch_tokens` is {self.scoring_batch_tokens}: give a number of tokens of at least 1, or "
+                "leave it out."
+            )
+
+    def _apply_budget(self, budget: str) -> None:
+        match = BUDGET.match(str(budget))
+        if match is None:
+            raise ValueError(f"`budget` is {budget!r}: give samples x tokens in per cent, such as '12.5x50'.")
+        fields = type(self).__dataclass_fields__
+        for name, percent in zip(("sample_ratio", "token_ratio"), match.groups(), strict=True):
+            ratio, given = float(percent) / 100, getattr(self, name)
+            if given not in (ratio, fields[name].default):
+                raise ValueError(
+                    f"`budget` is {budget!r} and `{name}` is {given}: they disagree, so give only one of the two."
+                )
+            setattr(self, name, ratio)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether the budget is 100 x 100, so that the run is that of the plain `SFTTrainer`."""
+        return self.sample_ratio == 1.0 and self.token_ratio == 1.0
