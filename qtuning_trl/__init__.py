@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from .config import QTuningSFTConfig
+from .trainer import QTuningSFTTrainer
 
 __version__ = version("qtuning-trl")
 
-__all__ = ["QTuningSFTConfig"]
+__all__ = ["QTuningSFTConfig", "QTuningSFTTrainer"]

@@ -98,7 +98,8 @@ class QTuningSFTConfig(SFTConfig):
     group_column: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset column (e.g. `'source'`) by whose values the run's summary counts candidates and survivors."
+            "help": "Dataset column (e.g. `'source'`) by whose values the run's summary counts candidates and "
+            "survivors."
         },
     )
 
@@ -123,8 +124,8 @@ class QTuningSFTConfig(SFTConfig):
             raise ValueError(f"`pool_factor` is {self.pool_factor}: give a whole number of at least 1.")
         if self.pool_factor * self.sample_ratio > 1.0:
             raise ValueError(
-                f"`pool_factor` is {self.pool_factor} and `sample_ratio` is {self.sample_ratio}: their product must not "
-                f"exceed 1, so that the survivors fit into one optimizer step; set `pool_factor` to "
+                f"`pool_factor` is {self.pool_factor} and `sample_ratio` is {self.sample_ratio}: their product must "
+                f"not exceed 1, so that the survivors fit into one optimizer step; set `pool_factor` to "
                 f"{math.floor(1.0 / self.sample_ratio)} or less."
             )
         if self.scoring_batch_tokens is not None and self.scoring_batch_tokens < 1:

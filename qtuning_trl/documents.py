@@ -1,5 +1,6 @@
 """Documents: taking rows of the train loader apart, pruning their tokens, and putting survivors into micro-batches."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,4 +114,4 @@ def split_evenly(rows: list[Document], count: int) -> list[list[Document]]:
     """
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     bounds = [round(index * len(rows) / count) for index in range(count + 1)]
-    return [rows[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [rows[start:end] for start, end in pairwise(bounds)]

@@ -194,9 +194,7 @@ def token_scores(perplexity: Tensor, answer_mask: Tensor, neighbor_weight: float
     return scores.masked_fill(~answer_mask, 0.0)
 
 
-def token_keep_mask(
-    scores: Tensor, answer_mask: Tensor, token_ratio: float, protected: Tensor | None = None
-) -> Tensor:
+def token_keep_mask(scores: Tensor, answer_mask: Tensor, token_ratio: float, protected: Tensor | None = None) -> Tensor:
     """
     Stage 2, token pruning: keep the `token_ratio` of each answer with the lowest scores.
 
@@ -220,5 +218,5 @@ def token_keep_mask(
         budget = torch.maximum(budget, (protected & answer_mask).sum(dim=1))
         scores = scores.masked_fill(protected, -math.inf)
     order = scores.masked_fill(~answer_mask, math.inf).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = order.argsort(dim=1)  # the inverse permutation
     return (rank < budget[:, None]) & answer_mask

@@ -17,7 +17,7 @@ class TokenValues:
 
     Args:
         nll (`Tensor` of shape `(samples, longest - 1)`, float64): `-log p(token)`, in nats; 0 outside the answer.
-        entropy (`Tensor` of shape `(samples, longest - 1)`, float64): Predictive entropy, in nats; 0 outside the answer.
+        entropy (`Tensor` of shape `(samples, longest - 1)`, float64): Predictive entropy, in nats; 0 outside.
         answer_mask (`Tensor` of shape `(samples, longest - 1)`, bool): The answer tokens T(x).
     """
 

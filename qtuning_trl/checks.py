@@ -1,0 +1,153 @@
+"""Refusals: what Q-Tuning cannot work with, each in one sentence with the option, the value and the remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import is_conversational
+from trl.data_utils import is_conversational_from_value
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .config import QTuningSFTConfig
+
+
+def refuse_unsupported_options(
+    args: QTuningSFTConfig, data_collator: Any, compute_loss_func: Callable | None, model: Any, peft_config: Any
+) -> None:
+    """Raise a `ValueError` or `TypeError` for options that would silently change what is trained on."""
+    if not isinstance(args, QTuningSFTConfig):
+        raise TypeError(
+            f"`args` is a {type(args).__name__}: give a QTuningSFTConfig, which takes the same options and those of "
+            "Q-Tuning."
+        )
+    if data_collator is not None and not isinstance(data_collator, DataCollatorForLanguageModeling):
+        raise ValueError(
+            f"`data_collator` is a {type(data_collator).__name__}: leave it out and put the labels into the dataset, "
+            "since Q-Tuning prunes labels before it collates."
+        )
+    if compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` is set: leave it out, or override `compute_loss` in a subclass of QTuningSFTTrainer, "
+            "since it needs the full logits that scoring avoids."
+        )
+    if args.label_smoothing_factor > 0:
+        raise ValueError(
+            f"`label_smoothing_factor` is {args.label_smoothing_factor}: set it to 0, since it needs the full logits "
+            "that scoring avoids (TRL 2.0 removes it)."
+        )
+    if args.packing and args.packing_strategy == "wrapped":
+        raise ValueError(
+            "`packing_strategy` is 'wrapped': choose 'bfd' or 'bfd_split', since 'wrapped' cuts samples in pieces that "
+            "cannot be told apart."
+        )
+    if args.packing and args.pool_factor > 1:
+        raise ValueError(
+            f"`pool_factor` is {args.pool_factor} and `packing` is on: set `pool_factor` to 1 or `packing` to false, "
+            "since the survivors of several packed rows may not fit into one."
+        )
+    if args.packing and args.group_column is not None:
+        raise ValueError(
+            f"`group_column` is {args.group_column!r} and `packing` is on: leave one of them out, since TRL's packing "
+            "removes every other column."
+        )
+    _refuse_distributed_options(args)
+    adapters = [peft_config, *getattr(model, "peft_config", {}).values()]
+    for adapter in adapters:
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"`peft_config` is a {type(adapter).__name__}: use LoRA or another adapter of the weights, since the "
+                "virtual tokens of prompt learning shift the scored positions."
+            )
+
+
+def _refuse_distributed_options(args: QTuningSFTConfig) -> None:
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"`accelerator_config.{name}` is true: set it to false, since each process draws its own candidates."
+            )
+    sizes = args.parallelism_config
+    for name, meaning in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
+        if getattr(sizes, name, 1) > 1:
+            raise ValueError(
+                f"`parallelism_config.{name}` is {getattr(sizes, name)}: set it to 1, since {meaning} parallelism "
+                "splits the samples that are scored; DDP and FSDP work."
+            )
+
+
+def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig) -> dict[str, Any] | None:
+    """
+    Raise a `ValueError` for a training set that cannot be trained on.
+
+    Returns:
+        `dict` or `None`: Its first example; `None` if it is no dataset at all, which TRL refuses in its own words.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return None
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("`train_dataset` is empty: give a dataset (or a split of it) with at least one row.")
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"`max_steps` is {args.max_steps} and `train_dataset` is streamed: set `max_steps` to the number of "
+            "optimizer steps to train for, since a stream has no length."
+        )
+    vision = sorted({"image", "images"} & first.keys())
+    if vision:
+        raise ValueError(
+            f"`train_dataset` has the column {vision[0]!r}: use a text dataset or remove the column, since Q-Tuning "
+            "does not prune vision data."
+        )
+    if args.group_column is not None and args.group_column not in first:
+        raise ValueError(
+            f"`group_column` is {args.group_column!r}: choose one of the dataset's columns ({', '.join(first)}), or "
+            "leave it out."
+        )
+    return first
+
+
+def needs_chat_template(example: dict[str, Any] | None, args: QTuningSFTConfig) -> bool:
+    """Whether the examples are conversations and no `chat_template_path` says how to write them down."""
+    if example is None or "input_ids" in example or args.chat_template_path is not None:
+        return False
+    return is_conversational(example) or is_conversational_from_value(example)
+
+
+def refuse_missing_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if a tokenizer cannot write a conversation down."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"`train_dataset` holds conversations and the tokenizer {tokenizer.name_or_path!r} has no chat template: "
+            "set `chat_template_path` to a Jinja file or to a model that has one, or use prompt/completion columns."
+        )
+
+
+def refuse_missing_answers(dataset: Any, rows_before: int | None, args: QTuningSFTConfig) -> int:
+    """
+    Raise a `ValueError` if no prepared row has an answer token.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The training set as TRL prepared it.
+        rows_before (`int`, *optional*): Rows it had before, if that is known.
+        args ([`QTuningSFTConfig`]): The configuration.
+
+    Returns:
+        `int`: Rows that TRL dropped because `max_length` cuts off their whole answer.
+    """
+
+    def has_answer(example: dict[str, Any]) -> bool:
+        return any(label != -100 for label in example.get("labels", example["input_ids"])[1:])
+
+    if not any(has_answer(example) for example in dataset):
+        if rows_before is not None and len(dataset) == 0:
+            raise ValueError(
+                f"`max_length` is {args.max_length}: it cuts off the whole answer of each of the {rows_before} rows; "
+                "raise it, or shorten the prompts."
+            )
+        raise ValueError(
+            "`train_dataset` has no row with an answer token: check that the answers are not empty, and that "
+            f"`max_length` ({args.max_length}), `completion_only_loss` and `assistant_only_loss` leave labels other "
+            "than -100."
+        )
+    return 0 if rows_before is None or args.packing else rows_before - len(dataset)

@@ -1,0 +1,178 @@
+"""What a run counted and how long it took: the logged metrics, `qtuning_summary.json` and the model card's facts."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+SUMMARY_NAME = "qtuning_summary.json"
+PHASES = ("scoring", "selection", "collation", "training")
+QUADRANTS = {1: "q1", 2: "q2", 3: "q3", 4: "q4", 0: "between"}
+COUNTS = (
+    "pool_samples",
+    "kept_samples",
+    "pool_answer_tokens",
+    "kept_answer_tokens",
+    *QUADRANTS.values(),
+    "filled",
+    "trimmed",
+    "unscorable_samples",
+)
+THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")
+PACKAGES = ("qtuning-trl", "trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one, so that a clock read next means what it says."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak memory of this process so far, in bytes: the accelerator's if there is one, else the resident set size."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "bytes": torch.cuda.max_memory_allocated()}
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"device": "cpu", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ImportError:
+            continue
+    return found
+
+
+class RunRecord(TrainerCallback, ExportableState):
+    """
+    Counts and seconds of a run: totals since its first step, and the steps since the last log.
+
+    A callback, because the end of an optimizer step is known to callbacks only; exportable, so that the totals of an
+    interrupted run go on when it is resumed (they travel in the checkpoint's `trainer_state.json`).
+    """
+
+    def __init__(self):
+        self.totals = self._new_totals()
+        self.window: list[dict[str, float]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._training_since: float | None = None
+
+    @staticmethod
+    def _new_totals() -> dict[str, Any]:
+        return {
+            "steps": 0,
+            "counts": dict.fromkeys(COUNTS, 0),
+            "seconds": dict.fromkeys(PHASES, 0.0),
+            "groups": {},
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"totals": self.totals}}
+
+    # Events of the trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.totals = saved["attributes"]["totals"] if state.global_step > 0 else self._new_totals()
+        self.window.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._training_since is None:
+            return
+        synchronize()
+        self._seconds["training"] += time.perf_counter() - self._training_since
+        self._training_since = None
+        self.totals["steps"] += 1
+        for phase in PHASES:
+            self.totals["seconds"][phase] += self._seconds[phase]
+        self.window[-1]["seconds_selecting"] = sum(self._seconds[phase] for phase in PHASES if phase != "training")
+        self.window[-1]["seconds_training"] = self._seconds["training"]
+        self._seconds.clear()
+
+    # What the trainer reports
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to a phase of the step."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def begin_training(self, step: dict[str, float], groups: dict[str, dict[str, int]]) -> None:
+        """Take in the counts of a step's selection, over all processes; from here on the clock runs for training."""
+        for name in COUNTS:
+            self.totals["counts"][name] += int(step[name])
+        for group, counts in groups.items():
+            total = self.totals["groups"].setdefault(group, {"candidates": 0, "kept": 0})
+            for name, count in counts.items():
+                total[name] += count
+        self.window.append(dict(step))
+        self._training_since = time.perf_counter()
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Mean of each metric over the optimizer steps since the last call; empty if there was none."""
+        sums: dict[str, list[float]] = defaultdict(list)
+        for step in self.window:
+            for name, value in step.items():
+                sums[name].append(value)
+        self.window.clear()
+        return {f"qtuning/{name}": sum(values) / len(values) for name, values in sums.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """The run's totals: samples, answer tokens, quadrants, seconds by phase, peak memory (bytes), versions."""
+        counts, seconds = self.totals["counts"], self.totals["seconds"]
+        return {
+            "steps": self.totals["steps"],
+            "candidates": counts["pool_samples"],
+            "kept": counts["kept_samples"],
+            "sample_ratio_reached": _ratio(counts["kept_samples"], counts["pool_samples"]),
+            "answer_tokens": {
+                "candidates": counts["pool_answer_tokens"],
+                "kept": counts["kept_answer_tokens"],
+                "ratio_reached": _ratio(counts["kept_answer_tokens"], counts["pool_answer_tokens"]),
+            },
+            "quadrants": {name: counts[name] for name in QUADRANTS.values()},
+            "filled": counts["filled"],
+            "trimmed": counts["trimmed"],
+            "unscorable": counts["unscorable_samples"],
+            "groups": self.totals["groups"],
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "peak_memory": peak_memory(),
+            "versions": versions(),
+        }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def model_card_section(summary: dict[str, Any]) -> str:
+    """The facts of `qtuning_summary.json` as a Markdown section of the model card."""
+    config, tokens, seconds = summary["config"], summary["answer_tokens"], summary["seconds"]
+    selecting = sum(seconds[phase] for phase in PHASES if phase != "training")
+    quadrants = ", ".join(f"{name.upper()} {summary['quadrants'][name]:,}" for name in ("q1", "q2", "q3", "q4"))
+    rows = {
+        "Budget (samples x tokens)": f"{config['sample_ratio']:.4g} x {config['token_ratio']:.4g}",
+        "Candidates seen": f"{summary['candidates']:,} samples, {tokens['candidates']:,} answer tokens",
+        "Trained on": f"{summary['kept']:,} samples, {tokens['kept']:,} answer tokens",
+        "Quadrants of the candidates": f"{quadrants}, between the thresholds {summary['quadrants']['between']:,}",
+        "Kept to fill the budget": f"{summary['filled']:,} samples",
+        "Optimizer steps": f"{summary['steps']:,}",
+        "Time selecting / training": f"{selecting:.1f} s / {seconds['training']:.1f} s",
+        "Peak memory": f"{summary['peak_memory']['bytes'] / 2**30:.2f} GiB ({summary['peak_memory']['device']})",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"\n## Q-Tuning\n\n| | |\n|---|---|\n{table}\n\nAll totals are in `{SUMMARY_NAME}`.\n"
