@@ -46,7 +46,8 @@ def answer_lengths(documents: list[Document]) -> list[int]:
 
 def answer_mask(documents: list[Document]) -> Tensor:
     """Answer tokens T(x), bool of shape `(documents, longest - 1)`: column j stands for token j + 1."""
-    mask = np.zeros((len(documents), max(len(document["labels"]) for document in documents) - 1), dtype=bool)
+    longest = max((len(document["labels"]) for document in documents), default=1)
+    mask = np.zeros((len(documents), longest - 1), dtype=bool)
     for row, document in zip(mask, documents, strict=True):
         row[: len(document["labels"]) - 1] = document["labels"][1:] != IGNORE
     return torch.from_numpy(mask)

@@ -76,6 +76,11 @@ class SampleSelection:
     entropy_low: float
     entropy_high: float
 
+    def rows(self, rows: slice) -> "SampleSelection":
+        """What was decided about some of the samples; the thresholds stay those of the pool."""
+        parts = {name: value[rows] if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        return SampleSelection(**parts)
+
 
 def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> SampleSelection:
     """

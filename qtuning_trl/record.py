@@ -6,12 +6,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from .method import SampleSelection
 
 SUMMARY_NAME = "qtuning_summary.json"
 PHASES = ("scoring", "selection", "collation", "training")
@@ -54,6 +58,80 @@ def versions() -> dict[str, str]:
         except ImportError:
             continue
     return found
+
+
+@dataclass
+class StepCounts:
+    """
+    What one optimizer step selected from what: sums, so that those of several processes add up.
+
+    Args:
+        counts (`dict[str, float]`): Sums over candidates (`COUNTS`).
+        thresholds (`dict[str, float]`): Sums over the `compared` groups of candidates (`THRESHOLDS`).
+        compared (`int`): Groups of candidates compared with each other.
+        nll, entropy (`float`): Sums over the pool's answer tokens, in nats.
+        scored (`bool`): Whether the candidates were scored; a run that keeps everything does not.
+        groups (`dict[str, dict[str, int]]`): Candidates and survivors by the value of `group_column`.
+    """
+
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
+    thresholds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(THRESHOLDS, 0.0))
+    compared: int = 0
+    nll: float = 0.0
+    entropy: float = 0.0
+    scored: bool = True
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add_selection(self, selection: SampleSelection) -> None:
+        """Count the samples of one group of candidates."""
+        self.compared += 1
+        self.counts["pool_samples"] += len(selection.keep)
+        self.counts["kept_samples"] += int(selection.keep.sum())
+        self.counts["filled"] += int(selection.filled.sum())
+        self.counts["trimmed"] += int(selection.trimmed.sum())
+        for number, name in QUADRANTS.items():
+            self.counts[name] += int((selection.quadrant == number).sum())
+        for name in THRESHOLDS:
+            self.thresholds[name] += getattr(selection, name)
+
+    def add_groups(self, values: list[Any], keep: Tensor) -> None:
+        """Count candidates and survivors by the value of `group_column`."""
+        for value, kept in zip(values, keep.tolist(), strict=True):
+            group = self.groups.setdefault(str(value), {"candidates": 0, "kept": 0})
+            group["candidates"] += 1
+            group["kept"] += int(kept)
+
+    def __add__(self, other: "StepCounts") -> "StepCounts":
+        """The counts of two processes together."""
+        total = StepCounts(
+            counts={name: self.counts[name] + other.counts[name] for name in COUNTS},
+            thresholds={name: self.thresholds[name] + other.thresholds[name] for name in THRESHOLDS},
+            compared=self.compared + other.compared,
+            nll=self.nll + other.nll,
+            entropy=self.entropy + other.entropy,
+            scored=self.scored,
+        )
+        add_to_groups(total.groups, self.groups)
+        add_to_groups(total.groups, other.groups)
+        return total
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged: counts, mean thresholds, and the pool's NLL and entropy per answer token (nats)."""
+        metrics = dict(self.counts)
+        tokens = self.counts["pool_answer_tokens"]
+        if self.compared:
+            metrics |= {name: total / self.compared for name, total in self.thresholds.items()}
+        if self.scored and tokens:
+            metrics |= {"pool_nll": self.nll / tokens, "pool_entropy": self.entropy / tokens}
+        return metrics
+
+
+def add_to_groups(total: dict[str, dict[str, int]], groups: dict[str, dict[str, int]]) -> None:
+    """Add candidates and survivors by group to the counts in `total`, in place."""
+    for value, counts in groups.items():
+        into = total.setdefault(value, {"candidates": 0, "kept": 0})
+        for name, count in counts.items():
+            into[name] += count
 
 
 class RunRecord(TrainerCallback, ExportableState):
@@ -111,15 +189,12 @@ class RunRecord(TrainerCallback, ExportableState):
         yield
         self._seconds[name] += time.perf_counter() - start
 
-    def begin_training(self, step: dict[str, float], groups: dict[str, dict[str, int]]) -> None:
-        """Take in the counts of a step's selection, over all processes; from here on the clock runs for training."""
+    def begin_training(self, step: StepCounts) -> None:
+        """Take in what a step selected, over all processes; from here on the clock runs for training."""
         for name in COUNTS:
-            self.totals["counts"][name] += int(step[name])
-        for group, counts in groups.items():
-            total = self.totals["groups"].setdefault(group, {"candidates": 0, "kept": 0})
-            for name, count in counts.items():
-                total[name] += count
-        self.window.append(dict(step))
+            self.totals["counts"][name] += int(step.counts[name])
+        add_to_groups(self.totals["groups"], step.groups)
+        self.window.append(step.metrics())
         self._training_since = time.perf_counter()
 
     def pop_metrics(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,10 @@ class TokenValues:
     nll: Tensor
     entropy: Tensor
     answer_mask: Tensor
+
+    def rows(self, rows: slice) -> "TokenValues":
+        """The values of some of the samples."""
+        return TokenValues(self.nll[rows], self.entropy[rows], self.answer_mask[rows])
 
 
 def scoring_batches(lengths: list[int], batch_tokens: int, padding_free: bool) -> list[list[int]]:
@@ -80,8 +83,3 @@ def score_documents(
             rows[mask] = filled.double().cpu()
             values[batch] = rows
     return TokenValues(nll, entropy, answer_mask)
-
-
-def pool_columns(values: dict[str, Any]) -> dict[str, list]:
-    """Tensors of shape `(samples,)` as plain lists, one column each."""
-    return {name: value.tolist() if isinstance(value, Tensor) else list(value) for name, value in values.items()}

@@ -36,16 +36,8 @@ from .documents import (
 )
 from .host import count_items, keep_column, per_token_values, train_loader_of
 from .method import SampleSelection, sample_statistics, select_samples, token_keep_mask, token_scores
-from .record import (
-    COUNTS,
-    QUADRANTS,
-    SUMMARY_NAME,
-    THRESHOLDS,
-    RunRecord,
-    model_card_section,
-    synchronize,
-)
-from .scoring import TokenValues, pool_columns, score_documents, scoring_batches
+from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
+from .scoring import TokenValues, score_documents, scoring_batches
 
 logger = get_logger(__name__)
 
@@ -89,6 +81,9 @@ class QTuningSFTTrainer(SFTTrainer):
     ```
     """
 
+    args: QTuningSFTConfig
+    model: torch.nn.Module
+
     _tag_names = ["trl", "sft", "qtuning"]  # noqa: RUF012 (a class attribute of the host)
     _name = "Q-Tuning"
     _paper = {  # noqa: RUF012
@@ -96,9 +91,11 @@ class QTuningSFTTrainer(SFTTrainer):
         "Supervised Fine-Tuning",
         "id": "2509.23873",
         "citation": (
-            "@article{qtuning2025,\n"
+            "@article{wang2025qtuning,\n"
             "    title  = {{Winning the Pruning Gamble: A Unified Approach to Joint Sample and Token Pruning for "
             "Efficient Supervised Fine-Tuning}},\n"
+            "    author = {Shaobo Wang and Jiaming Wang and Jiajun Zhang and Cong Wang and Yue Min and Zichen Wen and "
+            "Xingzhang Ren and Fei Huang and Huiqiang Jiang and Junyang Lin and Dayiheng Liu and Linfeng Zhang},\n"
             "    year   = 2025,\n"
             "    eprint = {arXiv:2509.23873},\n"
             "}"
@@ -214,12 +211,13 @@ class QTuningSFTTrainer(SFTTrainer):
         if self.args.selection_scope != "micro_batch":
             groups = [[document for group in groups for document in group]]
         longest_row = max(len(row["input_ids"]) for rows in drawn for row in rows)
-        survivors, step, kinds = self._prune_pool(groups, self.args.per_device_train_batch_size * longest_row)
+        batch_tokens = self.args.scoring_batch_tokens or self.args.per_device_train_batch_size * longest_row
+        survivors, step = self._prune_pool(groups, batch_tokens)
         with self.run_record.phase("collation"):
             micro_batches = self._collate_survivors(survivors, len(drawn))
             num_items = count_items(self, micro_batches, device)
         self._num_micro_batches = len(micro_batches)
-        self.run_record.begin_training(*self._sum_over_processes(step, kinds))
+        self._record_step(step)
         placeholders = [_placeholder() for _ in range(len(drawn) - len(micro_batches))]
         return placeholders + micro_batches, num_items
 
@@ -234,55 +232,41 @@ class QTuningSFTTrainer(SFTTrainer):
 
     # The parts of a step
 
-    def _prune_pool(
-        self, groups: list[list[Document]], batch_tokens: int
-    ) -> tuple[list[Document], dict[str, float], dict[str, dict[str, int]]]:
-        """Both stages on each group of candidates; the survivors, the step's counts, and its counts by group column."""
+    def _prune_pool(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[Document], StepCounts]:
+        """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
+        # A sample without an answer token has no perplexity: it is no candidate, and cannot survive.
         candidates = [[doc for doc, size in zip(g, answer_lengths(g), strict=True) if size > 0] for g in groups]
-        step = dict.fromkeys([*COUNTS, *THRESHOLDS, "thresholds_of", "nll_sum", "entropy_sum"], 0.0)
-        step["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))
         pool = [document for group in candidates for document in group]
-        values = self._score(pool, self.args.scoring_batch_tokens or batch_tokens)
+        values = self._score(pool, batch_tokens)
+        step = StepCounts(nll=float(values.nll.sum()), entropy=float(values.entropy.sum()))
+        step.counts["unscorable_samples"] = sum(map(len, groups)) - len(pool)
+        step.counts["pool_answer_tokens"] = int(values.answer_mask.sum())
 
         survivors: list[Document] = []
-        columns: list[dict[str, list]] = []
+        self.last_pool = None
+        start = 0
         with self.run_record.phase("selection"):
-            start = 0
             for group in candidates:
-                rows = slice(start, start + len(group))
+                part = values.rows(slice(start, start + len(group)))
                 start += len(group)
-                selection, perplexity, entropy = self._select(values, rows)
+                perplexity, entropy = sample_statistics(part.nll, part.entropy, part.answer_mask)
+                selection = self._select(perplexity, entropy)
                 if selection is None:
                     continue
-                kept = self._prune_tokens(group, values, rows, selection)
+                kept = self._prune_tokens(group, part, selection)
                 survivors += kept
-                _count_selection(step, selection)
-                step["kept_answer_tokens"] += sum(answer_lengths(kept))
-                columns.append(
-                    pool_columns(
-                        {
-                            "perplexity": perplexity,
-                            "entropy": entropy,
-                            "quadrant": selection.quadrant,
-                            "kept": selection.keep,
-                            "filled": selection.filled,
-                            "group": [document.get("group") for document in group],
-                        }
-                    )
-                )
-            step["pool_answer_tokens"] = float(values.answer_mask.sum()) if pool else 0.0
-            step["nll_sum"] = float(values.nll.sum()) if pool else 0.0
-            step["entropy_sum"] = float(values.entropy.sum()) if pool else 0.0
-        self.last_pool = {name: [x for part in columns for x in part[name]] for name in columns[0]} if columns else None
-        if self.last_pool is not None:
-            count = max(step["thresholds_of"], 1.0)
-            self.last_pool["thresholds"] = {name: step[name] / count for name in THRESHOLDS}
-        return survivors, step, _count_groups(self.last_pool if self.args.group_column else None)
+                step.add_selection(selection)
+                step.counts["kept_answer_tokens"] += sum(answer_lengths(kept))
+                labels = [document.get("group") for document in group]
+                if self.args.group_column is not None:
+                    step.add_groups(labels, selection.keep)
+                self._remember_pool(perplexity, entropy, selection, labels)
+        return survivors, step
 
     def _score(self, pool: list[Document], batch_tokens: int) -> TokenValues:
         """One gradient-free forward pass of the current model over the pool."""
         with self.run_record.phase("scoring"):
-            mask = answer_mask(pool) if pool else torch.zeros((0, 0), dtype=torch.bool)
+            mask = answer_mask(pool)
             lengths = [len(document["input_ids"]) for document in pool]
             batches = scoring_batches(lengths, batch_tokens, self.padding_free)
             idle = 0
@@ -312,38 +296,33 @@ class QTuningSFTTrainer(SFTTrainer):
         batch = send_to_device(self.data_collator(_as_rows(documents, self.args.packing)), self.args.device)
         return per_token_values(self.model, batch)
 
-    def _select(self, values: TokenValues, rows: slice) -> tuple[SampleSelection | None, Tensor, Tensor]:
-        """Stage 1 on the candidates in `rows`; with all processes' candidates if they are compared with each other."""
-        perplexity, entropy = sample_statistics(values.nll[rows], values.entropy[rows], values.answer_mask[rows])
+    def _select(self, perplexity: Tensor, entropy: Tensor) -> SampleSelection | None:
+        """Stage 1 on a group of candidates; among those of all processes, if they are compared with each other."""
         if self.args.selection_scope != "all_processes" or self.accelerator.num_processes == 1:
-            if len(perplexity) == 0:
-                return None, perplexity, entropy
-            return select_samples(perplexity, entropy, self.args.sample_ratio), perplexity, entropy
+            return select_samples(perplexity, entropy, self.args.sample_ratio) if len(perplexity) else None
         parts = gather_object([(perplexity.tolist(), entropy.tolist())])
-        start = sum(len(part[0]) for part in parts[: self.accelerator.process_index])
         everyone = [torch.tensor([x for part in parts for x in part[axis]], dtype=torch.float64) for axis in (0, 1)]
         if len(everyone[0]) == 0:
-            return None, perplexity, entropy
+            return None
+        start = sum(len(part[0]) for part in parts[: self.accelerator.process_index])
         selection = select_samples(everyone[0], everyone[1], self.args.sample_ratio)
-        return _rows_of(selection, slice(start, start + len(perplexity))), perplexity, entropy
+        return selection.rows(slice(start, start + len(perplexity)))
 
-    def _prune_tokens(
-        self, group: list[Document], values: TokenValues, rows: slice, selection: SampleSelection
-    ) -> list[Document]:
-        """Stage 2 on the survivors that Algorithm 1 put into Q2; the others stay whole."""
-        kept = [index for index, keep in enumerate(selection.keep.tolist()) if keep]
-        pruned = [index for index in kept if selection.prune_tokens[index]]
-        masks: dict[int, Any] = {}
-        if pruned and self.args.token_ratio < 1.0:
-            nll, mask = values.nll[rows][pruned], values.answer_mask[rows][pruned]
-            scores = token_scores(nll.exp(), mask, self.args.neighbor_weight)
-            protected = None
-            if self._protected_ids:
-                protected = protected_mask([group[index] for index in pruned], self._protected_ids, mask.shape)
-            keep_tokens = token_keep_mask(scores, mask, self.args.token_ratio, protected).numpy()
-            masks = dict(zip(pruned, keep_tokens, strict=True))
-        drop = self.args.token_pruning == "drop"
-        return [prune_document(group[i], masks[i], drop) if i in masks else group[i] for i in kept]
+    def _prune_tokens(self, group: list[Document], values: TokenValues, selection: SampleSelection) -> list[Document]:
+        """The survivors, after stage 2 on those that it prunes; the others stay whole."""
+        kept = selection.keep.nonzero().flatten().tolist()
+        pruned = selection.prune_tokens.nonzero().flatten().tolist()
+        if not pruned or self.args.token_ratio == 1.0:
+            return [group[index] for index in kept]
+        mask = values.answer_mask[pruned]
+        scores = token_scores(values.nll[pruned].exp(), mask, self.args.neighbor_weight)
+        protected = protected_mask([group[index] for index in pruned], self._protected_ids, mask.shape)
+        keep_tokens = token_keep_mask(scores, mask, self.args.token_ratio, protected).numpy()
+        shortened = {
+            index: prune_document(group[index], keep, drop=self.args.token_pruning == "drop")
+            for index, keep in zip(pruned, keep_tokens, strict=True)
+        }
+        return [shortened.get(index, group[index]) for index in kept]
 
     def _collate_survivors(self, survivors: list[Document], slots: int) -> list[dict[str, Any]]:
         """As few micro-batches as the survivors need; every process has as many, some of them dummies."""
@@ -372,35 +351,36 @@ class QTuningSFTTrainer(SFTTrainer):
 
     # Records
 
-    def _record_unpruned_step(self, batches: list[dict[str, Any]]) -> None:
-        step = dict.fromkeys(COUNTS, 0.0)
-        for batch in batches:
-            tokens = float((batch["labels"][:, 1:] != -100).sum())
-            samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["labels"])
-            for name in ("pool", "kept"):
-                step[f"{name}_samples"] += samples
-                step[f"{name}_answer_tokens"] += tokens
-        self.run_record.begin_training(*self._sum_over_processes(step, {}))
+    def _remember_pool(
+        self, perplexity: Tensor, entropy: Tensor, selection: SampleSelection, labels: list[Any]
+    ) -> None:
+        """Append a group of candidates to `last_pool`; its thresholds are those of the latest group."""
+        columns = {
+            "perplexity": perplexity.tolist(),
+            "entropy": entropy.tolist(),
+            "quadrant": selection.quadrant.tolist(),
+            "kept": selection.keep.tolist(),
+            "filled": selection.filled.tolist(),
+            "group": labels,
+        }
+        before = self.last_pool or {name: [] for name in columns}
+        self.last_pool = {name: before[name] + column for name, column in columns.items()}
+        self.last_pool["thresholds"] = {name: getattr(selection, name) for name in THRESHOLDS}
 
-    def _sum_over_processes(
-        self, step: dict[str, float], groups: dict[str, dict[str, int]]
-    ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-        """The step's counts over all processes; sums become the metrics that are logged."""
+    def _record_unpruned_step(self, batches: list[dict[str, Any]]) -> None:
+        step = StepCounts(scored=False)
+        for batch in batches:
+            samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["labels"])
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            for name in ("pool", "kept"):
+                step.counts[f"{name}_samples"] += samples
+                step.counts[f"{name}_answer_tokens"] += tokens
+        self._record_step(step)
+
+    def _record_step(self, step: StepCounts) -> None:
         if self.accelerator.num_processes > 1:
-            parts = gather_object([(step, groups)])
-            step = {name: sum(part[name] for part, _ in parts) for name in step}
-            groups = _add_groups([part for _, part in parts])
-        step = dict(step)
-        compared, tokens = step.pop("thresholds_of", 0), step["pool_answer_tokens"]
-        for name in THRESHOLDS:
-            total = step.pop(name, 0.0)
-            if compared:
-                step[name] = total / compared
-        for name in ("nll", "entropy"):
-            total = step.pop(f"{name}_sum", None)
-            if total is not None and tokens:
-                step[f"pool_{name}"] = total / tokens
-        return step, groups
+            step = sum(gather_object([step]), start=StepCounts(scored=step.scored))
+        self.run_record.begin_training(step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the optimizer steps since the last log, under `qtuning/`."""
@@ -453,41 +433,3 @@ def _as_rows(documents: list[Document], packing: bool) -> list[Document]:
     """Documents as the collator takes them; where rows are packed, each is a row with one document."""
     rows = [{key: value for key, value in document.items() if key != "group"} for document in documents]
     return [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows] if packing else rows
-
-
-def _rows_of(selection: SampleSelection, rows: slice) -> SampleSelection:
-    """The part of a selection that speaks of this process's candidates."""
-    parts = {name: value[rows] if isinstance(value, Tensor) else value for name, value in vars(selection).items()}
-    return SampleSelection(**parts)
-
-
-def _count_selection(step: dict[str, float], selection: SampleSelection) -> None:
-    step["pool_samples"] += len(selection.keep)
-    step["kept_samples"] += float(selection.keep.sum())
-    step["filled"] += float(selection.filled.sum())
-    step["trimmed"] += float(selection.trimmed.sum())
-    for number, name in QUADRANTS.items():
-        step[name] += float((selection.quadrant == number).sum())
-    for name in THRESHOLDS:
-        step[name] += getattr(selection, name)
-    step["thresholds_of"] += 1
-
-
-def _count_groups(pool: dict[str, Any] | None) -> dict[str, dict[str, int]]:
-    groups: dict[str, dict[str, int]] = {}
-    if pool is not None:
-        for value, kept in zip(pool["group"], pool["kept"], strict=True):
-            counts = groups.setdefault(str(value), {"candidates": 0, "kept": 0})
-            counts["candidates"] += 1
-            counts["kept"] += int(kept)
-    return groups
-
-
-def _add_groups(parts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    total: dict[str, dict[str, int]] = {}
-    for part in parts:
-        for group, counts in part.items():
-            into = total.setdefault(group, {"candidates": 0, "kept": 0})
-            for name, count in counts.items():
-                into[name] += count
-    return total

@@ -259,7 +259,8 @@ def test_answer_tokens_are_pruned_to_the_budget_in_q2_alone(tmp_path, tokenizer,
     whole = {}
     for row in trainer.train_dataset:
         whole[tuple(row["input_ids"])] = sum(label != -100 for label in row["labels"][1:])
-    kept = [(whole[tuple(r["input_ids"])], sum(x != -100 for x in r["labels"][1:])) for b in seen.batches[0] for r in rows_of(b)]  # fmt: skip
+    rows = [row for batch in seen.batches[0] for row in rows_of(batch)]
+    kept = [(whole[tuple(row["input_ids"])], sum(x != -100 for x in row["labels"][1:])) for row in rows]
     pruned = [pair for pair in kept if pair[0] != pair[1]]
     assert all(after == max(1, before // 2) for before, after in pruned)
     entry = trainer.state.log_history[0]
