@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 
 @contextmanager
@@ -30,15 +30,14 @@ def train_loader_of(trainer: Trainer, collator: Callable, batch_size: int) -> It
         trainer.data_collator, trainer._train_batch_size = own
 
 
-def keep_column(trainer: Trainer, column: str) -> None:
+def keep_column(trainer: Any, column: str) -> None:
     """
     Keep a dataset column in the examples of the train loader, beside the columns that training itself needs.
 
     Leans on `SFTTrainer._set_signature_columns_if_needed`, which fills `_signature_columns` once.
     """
     trainer._set_signature_columns_if_needed()
-    if column not in trainer._signature_columns:
-        trainer._signature_columns.append(column)
+    trainer._signature_columns = sorted({*(trainer._signature_columns or ()), column})
 
 
 def count_items(trainer: Trainer, micro_batches: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
@@ -62,3 +61,28 @@ def per_token_values(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Ten
     """
     outputs = model(**batch, fused_lm_head=True)
     return outputs.log_probs[outputs.label_mask], outputs.entropy[outputs.label_mask]
+
+
+@contextmanager
+def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Evaluation mode without gradients, in which dropout and gradient checkpointing are off; the mode before is restored.
+
+    bitsandbytes 0.50 repacks a `Linear4bit` for inference when it runs in evaluation mode on a CPU with AVX512-BF16: its
+    scales are rounded and backward passes no longer reach the layers below. It has no other use for the mode, so 4-bit
+    layers stay in training mode.
+    """
+    was_training = model.training
+    model.eval()
+    if getattr(model, "is_loaded_in_4bit", False):
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.train()
+    try:
+        # no_grad and not inference_mode: tensors cached inside would poison autograd
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -7,7 +7,6 @@ itself is TRL's own.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from accelerate.utils import gather_object, send_to_device
 from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
 from . import checks
@@ -34,7 +33,7 @@ from .documents import (
     split_documents,
     split_evenly,
 )
-from .host import count_items, keep_column, per_token_values, train_loader_of
+from .host import count_items, keep_column, per_token_values, scoring_mode, train_loader_of
 from .method import SampleSelection, sample_statistics, select_samples, token_keep_mask, token_scores
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
 from .scoring import TokenValues, score_documents, scoring_batches
@@ -82,7 +81,7 @@ class QTuningSFTTrainer(SFTTrainer):
     """
 
     args: QTuningSFTConfig
-    model: torch.nn.Module
+    model: PreTrainedModel
 
     _tag_names = ["trl", "sft", "qtuning"]  # noqa: RUF012 (a class attribute of the host)
     _name = "Q-Tuning"
@@ -153,7 +152,7 @@ class QTuningSFTTrainer(SFTTrainer):
 
     @staticmethod
     def _load_processing_class(model: Any, args: QTuningSFTConfig) -> Any:
-        init_kwargs = args.model_init_kwargs or {}
+        init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         return AutoProcessor.from_pretrained(
             model if isinstance(model, str) else model.config._name_or_path,
             revision=init_kwargs.get("revision") if isinstance(model, str) else None,
@@ -161,11 +160,13 @@ class QTuningSFTTrainer(SFTTrainer):
         )
 
     def _special_token_ids(self) -> set[int]:
-        """Ids of the tokens that end a sequence or a turn or otherwise carry structure, not words."""
+        """Ids of the tokens that end a sequence or a turn or otherwise carry structure; an unknown word does not."""
         tokenizer = self._tokenizer
         ids = set(tokenizer.all_special_ids)
         ids.update(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-        end = self.model.generation_config.eos_token_id if self.model.can_generate() else None
+        ids.discard(tokenizer.unk_token_id)
+        ids.add(tokenizer.eos_token_id)
+        end: Any = self.model.generation_config.eos_token_id
         ids.update([end] if isinstance(end, int) else end or [])
         return ids
 
@@ -273,16 +274,10 @@ class QTuningSFTTrainer(SFTTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # Sharded parameters are gathered by all processes together, so all run as many forwards.
                 idle = max(gather_object([len(batches)])) - len(batches)
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                # no_grad and not inference_mode: tensors cached inside would poison autograd
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    values = score_documents(pool, mask, batches, self._forward_documents)
-                    for _ in range(idle):
-                        self._forward_documents([self._dummy_row()])
-            finally:
-                self.model.train(was_training)
+            with scoring_mode(self.model), self.compute_loss_context_manager():
+                values = score_documents(pool, mask, batches, self._forward_documents)
+                for _ in range(idle):
+                    self._forward_documents([self._dummy_row()])
         broken = ~(values.nll.isfinite() & values.entropy.isfinite()).all(dim=1)
         if bool(broken.any()):
             raise FloatingPointError(
@@ -331,7 +326,8 @@ class QTuningSFTTrainer(SFTTrainer):
         if shared:
             # One process may hold most survivors of the pool: deal them out, so that none waits for another.
             survivors = gather_object(survivors)
-        rows = pack_rows(survivors, self.args.max_length) if self.args.packing else survivors
+        longest_row = self.args.max_length if self.args.packing else None  # TRL packs with a max_length only
+        rows = survivors if longest_row is None else pack_rows(survivors, longest_row)
         if shared:
             rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
             rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -399,7 +395,7 @@ class QTuningSFTTrainer(SFTTrainer):
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
-        path = os.path.join(self.args.output_dir, "README.md")
+        path = Path(str(self.args.output_dir), "README.md")
         card = ModelCard.load(path)
         head, separator, tail = card.text.partition("### Framework versions")
         card.text = head + model_card_section(self.summary()).lstrip() + "\n" + separator + tail

@@ -51,8 +51,8 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # bitsandbytes packs 64 weights to a block
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -60,7 +60,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        initializer_range=0.3,  # predictions that differ from uniform, so that scores differ
+        initializer_range=0.2,  # predictions that differ from uniform, so that scores differ
     )
     return LlamaForCausalLM(config)
 
