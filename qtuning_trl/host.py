@@ -68,8 +68,8 @@ def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
     """
     Evaluation mode without gradients, in which dropout and gradient checkpointing are off; the mode before is restored.
 
-    bitsandbytes 0.50 repacks a `Linear4bit` for inference when it runs in evaluation mode on a CPU with AVX512-BF16: its
-    scales are rounded and backward passes no longer reach the layers below. It has no other use for the mode, so 4-bit
+    bitsandbytes 0.50 repacks a `Linear4bit` for inference when it runs in evaluation mode on a CPU with AVX512-BF16:
+    the scales are rounded, and the layer has no backward pass any more. It has no other use for the mode, so 4-bit
     layers stay in training mode.
     """
     was_training = model.training

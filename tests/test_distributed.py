@@ -1,0 +1,88 @@
+"""Two processes for real: `accelerate launch` with gloo on the CPU, LoRA, every selection scope."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from test_trainer import COMMON, Recorder, lora, losses
+from trl import SFTConfig, SFTTrainer
+from two_processes import SCENARIOS
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer_dir) -> Path:
+    output = tmp_path_factory.mktemp("two_processes")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(TESTS / "two_processes.py"), str(output), tokenizer_dir,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.mark.parametrize("name", list(SCENARIOS))
+def test_gradient_equals_plain_sft_on_the_survivors_of_both(runs, tokenizer, tmp_path, name):
+    run = torch.load(runs / f"{name}.pt")
+    facts = json.loads((runs / f"{name}.json").read_text())
+    options = {**COMMON, "max_length": None, "max_steps": 1, "gradient_accumulation_steps": 1}
+    options["per_device_train_batch_size"] = len(run["survivors"])
+    plain = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(str(tmp_path), **options),
+        train_dataset=Dataset.from_list(run["survivors"]),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    reference = Recorder().attach(plain)
+    plain.train()
+    for parameter, expected in reference.gradients[0].items():
+        torch.testing.assert_close(run["gradient"][parameter], expected, rtol=1e-5, atol=2e-6, msg=parameter)
+    assert facts["loss"] == pytest.approx(losses(plain)[0], rel=1e-5)
+
+
+def test_budgets_are_exact_over_both_processes(runs):
+    facts = {name: json.loads((runs / f"{name}.json").read_text()) for name in SCENARIOS}
+    pool = 32  # two processes x 4 micro-batches x 4 rows
+    expected = {
+        "process": 16,
+        "micro_batch": 16,
+        "all_processes": 9,
+        "few_survivors": 1,
+        "padding_free": 16,
+        "drop": 16,
+    }
+    for name, kept in expected.items():
+        summary = facts[name]["summary"]
+        assert (summary["candidates"], summary["kept"], summary["num_processes"]) == (pool, kept, 2), name
+        assert sum(count for count, _ in facts[name]["counts"]) == kept, name
+    packed = facts["packed"]["summary"]
+    assert packed["kept"] == packed["candidates"] // 2
+
+
+def test_both_processes_run_as_many_micro_batches_and_share_the_survivors(runs):
+    for name in SCENARIOS:
+        (first, batches), (second, other_batches) = json.loads((runs / f"{name}.json").read_text())["counts"]
+        assert batches == other_batches
+        if name == "all_processes":
+            assert abs(first - second) <= 1
+        if name == "few_survivors":
+            assert (first, second, batches) == (1, 0, 1)
+
+
+def test_keeping_everything_is_plain_sft_bit_for_bit(runs):
+    assert [json.loads((runs / f"keep_everything_{rank}.json").read_text()) for rank in (0, 1)] == [True, True]
+
+
+def test_a_resumed_run_ends_bit_equal(runs):
+    assert [json.loads((runs / f"resume_{rank}.json").read_text()) for rank in (0, 1)] == [True, True]

@@ -1,0 +1,72 @@
+"""Run by `accelerate launch` on two gloo processes: each scenario writes what it saw for the test to read."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from conftest import prompt_completion_rows
+from datasets import Dataset
+from test_trainer import Recorder, losses, make_trainer, rows_of
+from transformers import PreTrainedTokenizerFast
+from trl import SFTTrainer
+
+SCENARIOS: dict[str, dict] = {
+    "process": {"budget": "50x50"},
+    "micro_batch": {"budget": "50x50", "selection_scope": "micro_batch"},
+    "all_processes": {"budget": "30x50", "selection_scope": "all_processes"},
+    "few_survivors": {"sample_ratio": 0.01, "selection_scope": "all_processes"},
+    "padding_free": {"budget": "50x50", "padding_free": True, "max_length": None},
+    "packed": {"budget": "50x50", "selection_scope": "all_processes", "packing": True, "max_length": 48},
+    "drop": {"budget": "50x50", "token_pruning": "drop"},
+}
+
+
+def run(name: str, options: dict, output: Path, tokenizer, dataset) -> None:
+    trainer = make_trainer(output / name, tokenizer, dataset, dropout=0.0, max_steps=1, **options)
+    seen = Recorder().attach(trainer)
+    trainer.train()
+    mine = [row for batch in seen.batches[0] for row in rows_of(batch) if any(x != -100 for x in row["labels"])]
+    survivors = gather_object(mine)
+    counts = gather_object([[len(mine), len(seen.batches[0])]])
+    if trainer.accelerator.is_main_process:
+        torch.save({"survivors": survivors, "gradient": seen.gradients[0]}, output / f"{name}.pt")
+        facts = {"counts": counts, "loss": losses(trainer)[0], "summary": trainer.summary()}
+        (output / f"{name}.json").write_text(json.dumps(facts))
+
+
+def keep_everything(output: Path, tokenizer, dataset) -> None:
+    weights = []
+    for trainer_class, options in ((SFTTrainer, {}), (None, {"budget": "100x100"})):
+        kwargs = {"trainer_class": trainer_class} if trainer_class else {}
+        trainer = make_trainer(output / "all", tokenizer, dataset, dropout=0.1, **kwargs, **options)
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    equal = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    (output / f"keep_everything_{trainer.args.process_index}.json").write_text(json.dumps(equal))
+
+
+def resume(output: Path, tokenizer, dataset) -> None:
+    options = {"budget": "50x50", "selection_scope": "all_processes", "save_strategy": "steps", "save_steps": 1}
+    weights = []
+    for path in (None, str(output / "resume" / "checkpoint-1")):
+        trainer = make_trainer(output / "resume", tokenizer, dataset, dropout=0.1, max_steps=3, **options)
+        trainer.train(resume_from_checkpoint=path)
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    equal = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    (output / f"resume_{trainer.args.process_index}.json").write_text(json.dumps(equal))
+
+
+def main() -> None:
+    output, tokenizer_dir = Path(sys.argv[1]), sys.argv[2]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    dataset = Dataset.from_list(prompt_completion_rows(40))
+    for name, options in SCENARIOS.items():
+        run(name, options, output, tokenizer, dataset)
+    keep_everything(output, tokenizer, dataset)
+    resume(output, tokenizer, dataset)
+
+
+if __name__ == "__main__":
+    main()
