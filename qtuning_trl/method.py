@@ -8,6 +8,7 @@ I/O and no random number in here. Where the paper leaves a gap, the docstring sa
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ class SampleSelection:
 
     def rows(self, rows: slice) -> "SampleSelection":
         """What was decided about some of the samples; the thresholds stay those of the pool."""
-        parts = {name: value[rows] if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        parts: dict[str, Any] = {
+            name: value[rows] if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
         return SampleSelection(**parts)
 
 
