@@ -109,6 +109,8 @@ class QTuningSFTConfig(SFTConfig):
             self._apply_budget(self.budget)
         for name in ("sample_ratio", "token_ratio"):
             value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` is {value!r}: give one number greater than 0 and at most 1, such as 0.25.")
             if not 0.0 < value <= 1.0:
                 remedy = f" (did you mean {value / 100:g}?)" if 1.0 < value <= 100.0 else ""
                 raise ValueError(
