@@ -26,7 +26,11 @@ class RawBatch:
 
 
 def split_documents(example: dict[str, Any], group_column: str | None = None) -> list[Document]:
-    """The documents of one row of the dataset: the row itself, or what `bfd` packing put together (`seq_lengths`)."""
+    """
+    The documents of one row of the dataset: the row itself, or what `bfd` packing put together (`seq_lengths`).
+
+    A packed row has no other columns, so its documents have no group.
+    """
     input_ids = np.asarray(example["input_ids"], dtype=np.int64)
     labels = np.asarray(example.get("labels", example["input_ids"]), dtype=np.int64)
     if "seq_lengths" in example:
@@ -83,7 +87,11 @@ def prune_document(document: Document, keep: np.ndarray, drop: bool) -> Document
 
 
 def pack_rows(documents: list[Document], max_length: int) -> list[Document]:
-    """Pack documents into rows of at most `max_length` tokens, best fit decreasing, as `bfd` packing does."""
+    """
+    Pack documents into rows of at most `max_length` tokens, best fit decreasing, as `bfd` packing does.
+
+    No document may be longer than that; TRL's packing has cut them.
+    """
     rows: list[list[Document]] = []
     free: list[int] = []
     for document in sorted(documents, key=lambda document: -len(document["input_ids"])):

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# "Up to K_max times (fewer than 10 are usual)": the value of Algorithm 1's K_max.
+# Algorithm 1's K_max; "fewer than 10 are usual". In a pool of 8 the share of samples moves in coarse steps, so there the
+# number of bisections decides whether it ends just above a step or just below it (see docs/method.md).
 MAX_BISECTION_STEPS = 10
-# Algorithm 1, line 1: a quantile level never reaches the median, so that low and high stay apart.
+# Algorithm 1, line 1: the highest quantile level, just short of the median.
 MAX_QUANTILE_LEVEL = 0.49
 
 
@@ -91,8 +92,8 @@ def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> 
 
     - Gap: the bisection can end above or below the budget. The budget is met exactly: above it, the samples of Q2 and
       Q4 with the lowest supplementary score `|P - E|` are dropped; below it, the rest fills up with the highest.
-    - Gap: a sample can lie in two corners at once (ties, a constant axis). It counts once: Q2 and Q4 win over Q1 and
-      Q3, and between Q2 and Q4 the side of the diagonal decides.
+    - Gap: a sample can lie in two corners at once (ties, a constant axis, the median of a small odd pool). It counts
+      once: Q2 and Q4 win over Q1 and Q3, and between Q2 and Q4 the side of the diagonal decides.
     - Gap: which stage-2 policy a filled-in sample gets. The side of the diagonal decides: `P > E` as in Q2 (its tokens
       are pruned), otherwise as in Q4 (kept whole).
     - Ties in `|P - E|` go to the higher perplexity, then the higher entropy, then the earlier sample, so that the
@@ -192,9 +193,10 @@ def token_scores(perplexity: Tensor, answer_mask: Tensor, neighbor_weight: float
         neighbor_weight (`float`): lambda, in [0, 1].
 
     Returns:
-        `Tensor` of shape `(samples, positions)`: The scores; 0 outside the answer.
+        `Tensor` of shape `(samples, positions)`, float64: The scores; 0 outside the answer.
     """
-    own = perplexity.masked_fill(~answer_mask, 0.0)
+    # Far below the largest float, so that an overflowing perplexity still gives scores that can be ranked.
+    own = perplexity.double().clamp(max=1e300)
     left, right = own.clone(), own.clone()
     left[:, 1:] = torch.where(answer_mask[:, :-1], own[:, :-1], own[:, 1:])
     right[:, :-1] = torch.where(answer_mask[:, 1:], own[:, 1:], own[:, :-1])
@@ -221,10 +223,11 @@ def token_keep_mask(scores: Tensor, answer_mask: Tensor, token_ratio: float, pro
     """
     count = answer_mask.sum(dim=1)
     budget = torch.floor(token_ratio * count.double() + 1e-9).clamp(min=1).to(count.dtype)
-    scores = scores.double()
     if protected is not None:
         budget = torch.maximum(budget, (protected & answer_mask).sum(dim=1))
         scores = scores.masked_fill(protected, -math.inf)
-    order = scores.masked_fill(~answer_mask, math.inf).argsort(dim=1, stable=True)
+    # Even an infinite score ranks before the positions outside the answer.
+    scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~answer_mask, math.inf)
+    order = scores.argsort(dim=1, stable=True)
     rank = order.argsort(dim=1)  # the inverse permutation
     return (rank < budget[:, None]) & answer_mask

@@ -251,6 +251,7 @@ class QTuningSFTTrainer(SFTTrainer):
                 part = values.rows(slice(start, start + len(group)))
                 start += len(group)
                 perplexity, entropy = sample_statistics(part.nll, part.entropy, part.answer_mask)
+                self._refuse_diverged(perplexity, entropy)
                 selection = self._select(perplexity, entropy)
                 if selection is None:
                     continue
@@ -278,14 +279,16 @@ class QTuningSFTTrainer(SFTTrainer):
                 values = score_documents(pool, mask, batches, self._forward_documents)
                 for _ in range(idle):
                     self._forward_documents([self._dummy_row()])
-        broken = ~(values.nll.isfinite() & values.entropy.isfinite()).all(dim=1)
+        return values
+
+    def _refuse_diverged(self, perplexity: Tensor, entropy: Tensor) -> None:
+        broken = ~(perplexity.isfinite() & entropy.isfinite())
         if bool(broken.any()):
             raise FloatingPointError(
-                f"Step {self.state.global_step + 1}: {int(broken.sum())} of {len(pool)} candidates have a NaN or "
+                f"Step {self.state.global_step + 1}: {int(broken.sum())} of {len(broken)} candidates have a NaN or "
                 "infinite score, so the model has diverged; resume from the last checkpoint in "
                 f"{self.args.output_dir!r} with a lower `learning_rate` than {self.args.learning_rate:g}."
             )
-        return values
 
     def _forward_documents(self, documents: list[Document]) -> tuple[Tensor, Tensor]:
         batch = send_to_device(self.data_collator(_as_rows(documents, self.args.packing)), self.args.device)
