@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Algorithm 1's K_max; "fewer than 10 are usual". In a pool of 8 the share of samples moves in coarse steps, so there the
-# number of bisections decides whether it ends just above a step or just below it (see docs/method.md).
+# Algorithm 1's K_max; "fewer than 10 are usual". In a pool of 8 the share of samples moves in coarse steps, so there
+# the number of bisections decides whether it ends just above a step or just below it (see docs/method.md).
 MAX_BISECTION_STEPS = 10
 # Algorithm 1, line 1: the highest quantile level, just short of the median.
 MAX_QUANTILE_LEVEL = 0.49
