@@ -1,0 +1,152 @@
+"""The console script `qtuning`, and how every entry point reports errors: one line, unless a traceback is wanted."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
+BAD_INPUT = 2
+FAILED_RUN = 1
+
+EPILOG = (
+    "Errors are one line and exit with status 2 (bad input) or 1 (a run that failed). Add --traceback, or set "
+    f"{TRACEBACK_VARIABLE}=1, for the traceback."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the `qtuning` command.
+
+    Returns:
+        `int`: The exit status: 0, 1 for a run that failed, 2 for bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="qtuning", description="Q-Tuning for TRL: prune samples and tokens while fine-tuning.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # The command's own options are its own parser's business; building that one takes seconds.
+    arguments = parser.parse_args(argv[:1])
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return sft(argv[1:])
+
+
+def sft(argv: Sequence[str]) -> int:
+    """`qtuning sft`: check everything that can be checked before, then train under `accelerate launch`."""
+    argv = take_traceback_flag(argv)
+    with exit_on_error(BAD_INPUT):
+        from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+        from .scripts.sft import MODULE, parse
+
+        parsed = parse(argv, prog="qtuning sft")
+        launch_args = resolve_accelerate_config_argument(
+            ["--accelerate_config" if arg == "--accelerate-config" else arg for arg in parsed.launch_args]
+        )
+        return launch([*launch_args, "--module", MODULE, *parsed.script_args])
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """
+    Run `accelerate launch`; the launched processes report their own errors.
+
+    Returns:
+        `int`: The exit status of the run.
+
+    Raises:
+        `ValueError`: If accelerate cannot take the arguments.
+    """
+    import logging
+    import subprocess
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launch_parser = launch_command_parser()
+    launch_parser.error = _refuse_launch_arguments
+    launch_args = launch_parser.parse_args(list(arguments))
+    if not wants_traceback():
+        logging.disable(logging.ERROR)  # torchrun logs a page about each process that ends
+    try:
+        launch_command(launch_args)
+    except subprocess.CalledProcessError as error:
+        return _exit_status(error.returncode)
+    except ChildFailedError as error:
+        if wants_traceback():
+            raise
+        return _exit_status(error.get_first_failure()[1].exitcode)
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def _refuse_launch_arguments(message: str) -> None:
+    raise ValueError(f"accelerate launch: {message}; `accelerate launch --help` explains its options.")
+
+
+def _exit_status(returncode: int) -> int:
+    if returncode in (BAD_INPUT, FAILED_RUN):
+        return returncode
+    if returncode < 0:
+        print(f"qtuning: error: the run was ended by signal {-returncode}.", file=sys.stderr)
+    return FAILED_RUN
+
+
+def take_traceback_flag(argv: Sequence[str]) -> list[str]:
+    """`argv` without `--traceback`, which sets an environment variable, so that launched processes see it too."""
+    if "--traceback" in argv:
+        os.environ[TRACEBACK_VARIABLE] = "1"
+    return [argument for argument in argv if argument != "--traceback"]
+
+
+def wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0")
+
+
+@contextmanager
+def exit_on_error(status: int) -> Iterator[None]:
+    """
+    Turn an exception into one line on the standard error and an exit with `status`.
+
+    Our own refusals, and those of the libraries below, are `ValueError`, `TypeError`, `OSError`, `ImportError` and
+    `FloatingPointError`. Anything else is a surprise, and the line says how to see where it comes from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if wants_traceback():
+            raise
+        message = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)) or not message:
+            message = f"{type(error).__name__}: {message} (--traceback, or {TRACEBACK_VARIABLE}=1, shows where)"
+        if _first_to_report():
+            print(f"qtuning: error: {message}", file=sys.stderr, flush=True)
+        # Threads and process groups of a broken run may wait forever for each other at a normal exit.
+        sys.exit(status)
+
+
+def _first_to_report() -> bool:
+    """
+    Whether no other process of this machine has reported yet: all of them meet the same bad input.
+
+    Not rank 0 always: torchrun ends the others as soon as one has failed, perhaps before rank 0 could speak.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+    try:
+        Path(error_file).parent.parent.joinpath("qtuning_reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Training scripts, to be run by `accelerate launch -m` or by `qtuning`."""

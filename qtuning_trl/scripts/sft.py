@@ -1,0 +1,256 @@
+"""
+Fine-tune a model with Q-Tuning: `trl sft` with our trainer, our options, and a mapping of the data set's columns.
+
+```bash
+qtuning sft --config recipes/smollm2-135m-lora.yaml --budget 25x70
+accelerate launch -m qtuning_trl.scripts.sft --config recipes/smollm2-135m-lora.yaml --budget 25x70
+```
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
+from ..config import QTuningSFTConfig
+from ..data import load_data, map_columns, missing_files, pick_split
+from ..recipes import Parsed, RecipeParser
+
+if TYPE_CHECKING:
+    from ..trainer import QTuningSFTTrainer
+
+MODULE = "qtuning_trl.scripts.sft"
+
+
+@dataclass
+class QTuningScriptArguments(ScriptArguments):
+    """TRL's [`~trl.ScriptArguments`], and how the data set's columns become those TRL takes."""
+
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of the prompt, with the data set's columns in braces, e.g. `'{instruction}\\n{input}\\n'`. "
+            "Lines and paragraphs whose columns are all empty are left out. Goes with `completion_template`."
+        },
+    )
+    completion_template: str | None = field(
+        default=None,
+        metadata={"help": "Text of the completion, with the data set's columns in braces, e.g. `'{output}'`."},
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of conversations, in ShareGPT's form (`from`, `value`) or OpenAI's (`role`, `content`), "
+            "e.g. `'conversations'`. They need a chat template."
+        },
+    )
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    """The parser of the four groups of options. A recipe changes its defaults, so make one for each parse."""
+    types = (QTuningScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
+    return RecipeParser(types, prog=prog, description=__doc__.strip().split("\n")[0], epilog=EPILOG)
+
+
+def parse(argv: Sequence[str], prog: str | None = None) -> Parsed:
+    """
+    Parse a command line and check whatever can be checked without loading anything.
+
+    Raises:
+        `ValueError`: In one sentence, for the first thing that is wrong.
+    """
+    parsed = make_parser(prog).parse(argv)
+    refuse_missing_files(*parsed.dataclasses)
+    return parsed
+
+
+def refuse_missing_files(
+    script_args: QTuningScriptArguments,
+    training_args: QTuningSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """Raise a `ValueError` if no model or no data is named, or a local file that does not exist is."""
+    model = model_args.model_name_or_path
+    if model is None:
+        raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
+    if model.startswith(("./", "../", "/", "~")) and not Path(model).exists():
+        raise ValueError(f"`model_name_or_path` is {model!r}: no such folder; give one that holds a model.")
+    if script_args.dataset_name is None and not dataset_args.datasets:
+        raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
+    missing = missing_files(script_args, dataset_args)
+    if missing is not None:
+        raise ValueError(missing)
+    template = training_args.chat_template_path
+    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ValueError(f"`chat_template_path` is {template!r}: no such file; give a Jinja file or a model.")
+    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
+
+
+def checkpoint_to_resume(training_args: QTuningSFTConfig) -> str | None:
+    """
+    The folder of the checkpoint that `resume_from_checkpoint` means: `true` is the last one in `output_dir`.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted: Any = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        output_dir = str(training_args.output_dir)
+        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        if last is None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is true and `output_dir` {output_dir!r} holds no checkpoint: leave "
+                "`resume_from_checkpoint` out to start anew, or give the `output_dir` of the interrupted run."
+            )
+        return last
+    if not os.path.isdir(wanted):
+        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}: no such folder; give a checkpoint's, or true.")
+    return wanted
+
+
+def build_trainer(
+    script_args: QTuningScriptArguments,
+    training_args: QTuningSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> "QTuningSFTTrainer":
+    """
+    The trainer that the options describe, with its model and data loaded.
+
+    Raises:
+        `ValueError`: If something that is named cannot be used.
+    """
+    from accelerate.logging import get_logger
+    from transformers import set_seed
+    from trl import get_peft_config, get_quantization_config
+
+    from .. import QTuningSFTTrainer
+
+    logger = get_logger(__name__)
+    # Before the data is loaded: `test_split_size` draws from the global generator, and all processes, and a resumed
+    # run, must draw the same split.
+    set_seed(training_args.seed)
+    model = find_model(model_args, training_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **dict(training_args.model_init_kwargs or {}),  # type: ignore[arg-type]
+    }
+    if dataset_args.datasets and script_args.dataset_name:
+        logger.warning(
+            f"`dataset_name` is {script_args.dataset_name!r} and `datasets` is given too: as in TRL, `datasets` is "
+            "used and `dataset_name` is ignored."
+        )
+    with training_args.main_process_first(desc="data set mapping"):
+        splits = load_data(script_args, dataset_args)
+        train_dataset = _mapped(splits, script_args.dataset_train_split, "train", script_args, training_args)
+        eval_dataset = None
+        if training_args.eval_strategy != "no":
+            eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
+    return QTuningSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
+    """
+    Name or path of the model to load.
+
+    Raises:
+        `ValueError`: If there is no model of that name, or it cannot be fetched.
+    """
+    from transformers import AutoConfig
+
+    name = str(model_args.model_name_or_path)
+    try:
+        AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"`model_name_or_path` is {name!r}, which cannot be loaded ({cause}): check the name and the connection "
+            "(`hf auth login` for gated models), or give the folder of a local model."
+        ) from error
+    return name
+
+
+def _mapped(
+    splits: Any, name: str, kind: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
+) -> Any:
+    return map_columns(
+        pick_split(splits, name, f"dataset_{kind}_split"),
+        script_args.prompt_template,
+        script_args.completion_template,
+        script_args.messages_column,
+        keep=training_args.group_column,
+        num_proc=training_args.dataset_num_proc,
+    )
+
+
+def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
+    """Train, save, write the model card, and say where everything is."""
+    from ..record import SUMMARY_NAME
+
+    args = trainer.args
+    output_dir = str(args.output_dir)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(output_dir)
+    trainer.create_model_card(dataset_name=dataset_name)
+    what = "Adapter" if getattr(trainer.model, "peft_config", None) else "Model"
+    trainer.accelerator.print(f"{what} saved to {output_dir}; what was kept: {os.path.join(output_dir, SUMMARY_NAME)}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+
+
+def main(
+    script_args: QTuningScriptArguments,
+    training_args: QTuningSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> "QTuningSFTTrainer":
+    """
+    Fine-tune a model; the same four groups of options as `trl.scripts.sft.main`.
+
+    Returns:
+        [`QTuningSFTTrainer`]: The trainer, after training.
+    """
+    trainer = build_trainer(script_args, training_args, model_args, dataset_args)
+    train(trainer, script_args.dataset_name)
+    return trainer
+
+
+def run(argv: Sequence[str]) -> None:
+    """What each launched process does; ends it with one line if something goes wrong."""
+    with exit_on_error(BAD_INPUT):
+        parsed = parse(take_traceback_flag(argv))
+        if parsed.typed_launch_args:
+            raise ValueError(
+                f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "
+                "or use `qtuning sft`, which takes both."
+            )
+        trainer = build_trainer(*parsed.dataclasses)
+    with exit_on_error(FAILED_RUN):
+        train(trainer, parsed.dataclasses[0].dataset_name)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
