@@ -260,7 +260,7 @@ def map_columns(
             if template is None:
                 raise ValueError(f"`{option}` is not given: give it too, such as '{{question}}' or '{{answer}}'.")
         prompt, completion = (Template(str(template), option) for option, template in templates.items())
-        used = dict.fromkeys(completion.columns, "completion_template")
+        used = dict.fromkeys([*prompt.columns, *completion.columns], "completion_template")
         used |= dict.fromkeys(prompt.columns, "prompt_template")
         produced = {"prompt", "completion"}
         convert = _TemplateMapping(prompt, completion)

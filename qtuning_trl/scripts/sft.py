@@ -140,6 +140,8 @@ def build_trainer(
     # Before the data is loaded: `test_split_size` draws from the global generator, and all processes, and a resumed
     # run, must draw the same split.
     set_seed(training_args.seed)
+    # DEMO: where `model_name_or_path` and `dataset_name` are the demo's ids, its own files go in their place (here and
+    # at `load_data` below), and its report goes around `trainer.train` in `train`.
     model = find_model(model_args, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
