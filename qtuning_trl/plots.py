@@ -1,0 +1,132 @@
+"""The Error-Uncertainty plane as a figure. Needs matplotlib, which is imported when a figure is asked for."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QUADRANT_NAMES = {
+    1: "Q1 harmful noise",
+    2: "Q2 valuable misconception",
+    3: "Q3 redundant",
+    4: "Q4 calibration",
+    0: "between the thresholds",
+}
+# Corner of each quadrant in axes coordinates, and how its label is anchored there.
+CORNERS = {
+    1: (0.99, 0.985, "right", "top"),
+    2: (0.01, 0.985, "left", "top"),
+    3: (0.01, 0.015, "left", "bottom"),
+    4: (0.99, 0.015, "right", "bottom"),
+}
+# Okabe and Ito's colours, which readers with a colour vision deficiency can tell apart.
+QUADRANT_COLOURS = {1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 0: "#999999"}
+GROUP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
+COLUMNS = ("perplexity", "entropy", "quadrant", "kept", "filled", "group")
+
+
+def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
+    """
+    Draw a pool of candidates on the Error-Uncertainty plane.
+
+    Args:
+        pool (`dict`): `QTuningSFTTrainer.last_pool`: columns of equal length, one entry a candidate (`perplexity`,
+            `entropy` in nats, `quadrant` from 1 to 4 or 0 for between the thresholds, `kept`, `filled`, `group`), and
+            `thresholds` with `perplexity_low`, `perplexity_high`, `entropy_low` and `entropy_high`.
+        color_by (`str`): `"quadrant"` or `"group"`, the value of `group_column`.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: Entropy on x and perplexity on a logarithmic y. Survivors are solid, diamonds
+        where they were kept to fill the budget; dropped candidates are hollow.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If `color_by` is neither, the pool is empty, or its columns differ in length.
+    """
+    if color_by not in ("quadrant", "group"):
+        raise ValueError(f"`color_by` is {color_by!r}: choose 'quadrant' or 'group'.")
+    lengths = {len(pool[name]) for name in COLUMNS} if pool else {0}
+    if len(lengths) > 1:
+        raise ValueError(f"The pool's columns {', '.join(COLUMNS)} differ in length: give the trainer's `last_pool`.")
+    if lengths == {0}:
+        raise ValueError("The pool is empty: plot after a step that selected, with a budget below 100x100.")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: run `pip install "qtuning-trl[report]"`.') from error
+
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+    colours = _colours(pool, color_by)
+    for value, (_, colour) in colours.items():
+        for kept, filled in ((False, False), (True, False), (True, True)):
+            rows = [
+                index
+                for index in range(len(pool["kept"]))
+                if (pool[color_by][index], bool(pool["kept"][index])) == (value, kept)
+                and (bool(pool["filled"][index]) == filled or not kept)
+            ]
+            axes.scatter(
+                [pool["entropy"][index] for index in rows],
+                [pool["perplexity"][index] for index in rows],
+                s=30,
+                marker="D" if filled else "o",
+                facecolors=colour if kept else "none",
+                edgecolors=colour,
+                linewidths=1.0,
+                alpha=0.9 if kept else 0.7,
+                zorder=3 if kept else 2,
+            )
+
+    for name in ("perplexity_low", "perplexity_high"):
+        axes.axhline(pool["thresholds"][name], color="#444444", linewidth=0.9, linestyle="--", zorder=1)
+    for name in ("entropy_low", "entropy_high"):
+        axes.axvline(pool["thresholds"][name], color="#444444", linewidth=0.9, linestyle="--", zorder=1)
+    axes.margins(x=0.06, y=0.12)  # room for the labels of the corners
+    for quadrant, (x, y, horizontal, vertical) in CORNERS.items():
+        axes.text(
+            x,
+            y,
+            QUADRANT_NAMES[quadrant],
+            transform=axes.transAxes,
+            ha=horizontal,
+            va=vertical,
+            fontsize=9,
+            fontweight="bold",
+            color="#444444",
+            bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
+            zorder=4,
+        )
+    axes.set_xlabel("uncertainty: mean entropy of the prediction (nats)")
+    axes.set_ylabel("error: perplexity of the answer")
+    kept_count = sum(map(bool, pool["kept"]))
+    axes.set_title(f"Error-Uncertainty plane: {kept_count} of {len(pool['kept'])} candidates kept")
+
+    grey: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "#444444"}
+    entries = [
+        Line2D([], [], marker="s", color=colour, linestyle="none", label=label) for label, colour in colours.values()
+    ]
+    entries += [
+        Line2D([], [], marker="o", markerfacecolor="#444444", label="kept", **grey),
+        Line2D([], [], marker="D", markerfacecolor="#444444", label="kept to fill the budget", **grey),
+        Line2D([], [], marker="o", markerfacecolor="none", label="dropped", **grey),
+        Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label="thresholds"),
+    ]
+    figure.legend(handles=entries, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _colours(pool: dict[str, Any], color_by: str) -> dict[Any, tuple[str, str]]:
+    """Label and colour of each value that occurs, in the legend's order."""
+    present = set(pool[color_by])
+    if color_by == "quadrant":
+        return {value: (QUADRANT_NAMES[value], QUADRANT_COLOURS[value]) for value in QUADRANT_NAMES if value in present}
+    values = sorted(present, key=str)
+    return {value: (str(value), GROUP_COLOURS[index % len(GROUP_COLOURS)]) for index, value in enumerate(values)}

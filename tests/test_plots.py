@@ -1,0 +1,109 @@
+"""The figure of the Error-Uncertainty plane: what it shows, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qtuning_trl import plots
+from qtuning_trl.method import select_samples
+from qtuning_trl.plots import CORNERS, QUADRANT_NAMES, plot_eu_plane
+
+matplotlib = pytest.importorskip("matplotlib")
+THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")
+
+
+@pytest.fixture
+def pool() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    perplexity = 1.0 + torch.rand(64, generator=generator, dtype=torch.float64).exp2() ** 3
+    entropy = 0.4 * perplexity + torch.rand(64, generator=generator, dtype=torch.float64)
+    selection = select_samples(perplexity, entropy, 0.25)
+    return {
+        "perplexity": perplexity.tolist(),
+        "entropy": entropy.tolist(),
+        "quadrant": selection.quadrant.tolist(),
+        "kept": selection.keep.tolist(),
+        "filled": selection.filled.tolist(),
+        "group": ["clean" if index % 2 else "garbled" for index in range(64)],
+        "thresholds": {name: getattr(selection, name) for name in THRESHOLDS},
+    }
+
+
+def points(axes) -> list[tuple[float, float, bool]]:
+    """Entropy, perplexity and whether it is solid, of each point drawn."""
+    return [
+        (float(x), float(y), bool(len(collection.get_facecolors())))
+        for collection in axes.collections
+        for x, y in collection.get_offsets()
+    ]
+
+
+@pytest.mark.parametrize("color_by", ["quadrant", "group"])
+def test_every_candidate_is_drawn_once_and_survivors_are_solid(pool, color_by):
+    axes = plot_eu_plane(pool, color_by=color_by).axes[0]
+    expected = list(zip(pool["entropy"], pool["perplexity"], pool["kept"], strict=True))
+    assert sorted(points(axes)) == sorted(expected)
+    assert axes.get_yscale() == "log"
+    assert axes.get_xscale() == "linear"
+
+
+def test_thresholds_and_corners_are_drawn(pool):
+    axes = plot_eu_plane(pool).axes[0]
+    lines = [line for line in axes.lines if line.get_linestyle() == "--"]
+    horizontal = {line.get_ydata()[0] for line in lines if line.get_ydata()[0] == line.get_ydata()[1]}
+    vertical = {line.get_xdata()[0] for line in lines if line.get_xdata()[0] == line.get_xdata()[1]}
+    assert {pool["thresholds"]["perplexity_low"], pool["thresholds"]["perplexity_high"]} <= horizontal
+    assert {pool["thresholds"]["entropy_low"], pool["thresholds"]["entropy_high"]} <= vertical
+    assert {text.get_text() for text in axes.texts} == {QUADRANT_NAMES[quadrant] for quadrant in CORNERS}
+
+
+def test_the_legend_names_what_occurs(pool):
+    by_group = {text.get_text() for text in plot_eu_plane(pool, color_by="group").legends[0].get_texts()}
+    assert {"clean", "garbled", "kept", "dropped", "kept to fill the budget"} <= by_group
+    by_quadrant = {text.get_text() for text in plot_eu_plane(pool).legends[0].get_texts()}
+    assert {QUADRANT_NAMES[quadrant] for quadrant in set(pool["quadrant"])} <= by_quadrant
+
+
+def test_a_figure_without_groups_is_drawn(pool, tmp_path):
+    pool["group"] = [None] * 64
+    plot_eu_plane(pool, color_by="group").savefig(tmp_path / "plane.png")
+    assert (tmp_path / "plane.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"color_by": "kind"}, "choose 'quadrant' or 'group'"),
+        ({"kept": []}, "differ in length"),
+        ({"pool": None}, "The pool is empty"),
+    ],
+)
+def test_refusals(pool, change, message):
+    arguments = {"pool": pool, **{key: value for key, value in change.items() if key in ("pool", "color_by")}}
+    if "kept" in change:
+        arguments["pool"] = {**pool, "kept": change["kept"]}
+    with pytest.raises(ValueError, match=message):
+        plot_eu_plane(**arguments)
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(pool, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'run `pip install "qtuning-trl\[report\]"`'):
+        plot_eu_plane(pool)
+
+
+def test_importing_the_module_imports_no_matplotlib_and_plotting_no_pyplot():
+    code = (
+        "import importlib.util, sys\n"
+        # By its path: importing the package first imports torch and TRL, which takes seconds.
+        f"spec = importlib.util.spec_from_file_location('plots', {plots.__file__!r})\n"
+        "plots = importlib.util.module_from_spec(spec); spec.loader.exec_module(plots)\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "columns = {name: [1.0] for name in plots.COLUMNS}\n"
+        "thresholds = dict.fromkeys(('perplexity_low', 'perplexity_high', 'entropy_low', 'entropy_high'), 1.0)\n"
+        "plots.plot_eu_plane({**columns, 'thresholds': thresholds})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
