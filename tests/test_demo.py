@@ -142,6 +142,25 @@ def test_the_base_model_is_a_small_llama_that_cannot_do_the_task(base):
     assert accuracy(model, tokenizer, held_out(50)) < 0.3
 
 
+def test_easy_rows_are_easy_for_the_base_model(base):
+    model, tokenizer = base
+    rows = noisy_arithmetic(400, seed=1)
+
+    def mean_loss(kind: str) -> float:
+        losses = []
+        for row in rows.filter(lambda row: row["kind"] == kind).select(range(20)):
+            start = len(row["prompt"])
+            ids = tokenizer(row["prompt"] + row["completion"] + "<eos>", return_tensors="pt").input_ids
+            labels = ids.clone()
+            labels[:, :start] = -100
+            with torch.no_grad():
+                losses.append(float(model(input_ids=ids, labels=labels).loss))
+        return sum(losses) / len(losses)
+
+    assert mean_loss("easy") < 0.05
+    assert mean_loss("easy") < mean_loss("clean") < mean_loss("mislabelled") < mean_loss("garbled")
+
+
 def test_the_tokenizer_gives_the_text_back(base):
     for tokenizer in (base[1], make_tokenizer()):
         for text in (CHARACTERS, "247+385=", worked_sum(247, 385), " two  spaces "):

@@ -9,7 +9,8 @@ It takes about three minutes on two cores. What the model is trained on, besides
 
 - 70%: three-digit sums, worked in the demo's notation, in which each carry is forgotten with a probability of 85%.
   So the model knows the notation and has seen carrying, but it mostly does not carry, and most of its sums are wrong.
-- 20%: one column alone (`8+7=15`, `8+7+1=16`), always right. So it knows what carrying would need.
+- 10%: sums of two digits in the same notation (`8+7=15, answer 15`), always right. So these are nothing new to it.
+- 10%: one column with its carry (`8+7+1=16`), always right. So it knows what carrying would need.
 - 10%: strings of random characters. So it knows that text can be unpredictable.
 
 None of the held-out problems is among them. Fine-tuning has to teach it to carry.
@@ -77,8 +78,8 @@ def document(rng: random.Random) -> str:
         dropped = tuple(column for column in range(3) if rng.random() < FORGETS)
         return f"{a}+{b}={worked_sum(a, b, dropped)}"
     if kind < 0.9:
-        x, y, carry = rng.randint(0, 9), rng.randint(0, 9), rng.randint(0, 1)
-        return f"{x}+{y}{'+1' if carry else ''}={x + y + carry}"
+        x, y = rng.randint(0, 9), rng.randint(0, 9)
+        return f"{x}+{y}={worked_sum(x, y)}" if kind < 0.8 else f"{x}+{y}+1={x + y + 1}"
     return "".join(rng.choices(CHARACTERS, k=rng.randint(8, 48)))
 
 
