@@ -1,5 +1,6 @@
 """The Error-Uncertainty plane as a figure. Needs matplotlib, which is imported when a figure is asked for."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ CORNERS = {
 QUADRANT_COLOURS = {1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 0: "#999999"}
 GROUP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
 COLUMNS = ("perplexity", "entropy", "quadrant", "kept", "filled", "group")
+# Both axes are logarithmic in nats: a model that has learnt its data leaves most samples at a perplexity just above 1
+# and an entropy just above 0, where linear axes, or the logarithm of the perplexity, would put them on one spot.
+NATS_FLOOR = 1e-4  # what lies below is drawn there
+PERPLEXITY_TICKS = (1.0001, 1.001, 1.01, 1.1, 1.3, 2.0, 4.0, 12.0, 100.0, 1e4)
 
 
 def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
@@ -36,8 +41,8 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
         color_by (`str`): `"quadrant"` or `"group"`, the value of `group_column`.
 
     Returns:
-        [`~matplotlib.figure.Figure`]: Entropy on x and perplexity on a logarithmic y. Survivors are solid, diamonds
-        where they were kept to fill the budget; dropped candidates are hollow.
+        [`~matplotlib.figure.Figure`]: Entropy on a logarithmic x, and on y the perplexity, spaced by the logarithm of
+        its loss. Survivors are solid, diamonds where they were kept to fill the budget; dropped candidates are hollow.
 
     Raises:
         `ImportError`: If matplotlib is not installed.
@@ -53,16 +58,20 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+        from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
     except ImportError as error:
         raise ImportError('Plots need matplotlib: run `pip install "qtuning-trl[report]"`.') from error
 
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_yscale("function", functions=(_log_loss, _perplexity))
+    axes.yaxis.set_major_locator(FixedLocator(PERPLEXITY_TICKS))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    entropy = [max(value, NATS_FLOOR) for value in pool["entropy"]]
+    perplexity = [max(value, math.exp(NATS_FLOOR)) for value in pool["perplexity"]]
 
     colours = _colours(pool, color_by)
     for value, (_, colour) in colours.items():
@@ -74,8 +83,8 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
                 and (bool(pool["filled"][index]) == filled or not kept)
             ]
             axes.scatter(
-                [pool["entropy"][index] for index in rows],
-                [pool["perplexity"][index] for index in rows],
+                [entropy[index] for index in rows],
+                [perplexity[index] for index in rows],
                 s=30,
                 marker="D" if filled else "o",
                 facecolors=colour if kept else "none",
@@ -85,10 +94,11 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
                 zorder=3 if kept else 2,
             )
 
+    line: dict[str, Any] = {"color": "#444444", "linewidth": 0.9, "linestyle": "--", "zorder": 1}
     for name in ("perplexity_low", "perplexity_high"):
-        axes.axhline(pool["thresholds"][name], color="#444444", linewidth=0.9, linestyle="--", zorder=1)
+        axes.axhline(max(pool["thresholds"][name], math.exp(NATS_FLOOR)), **line)
     for name in ("entropy_low", "entropy_high"):
-        axes.axvline(pool["thresholds"][name], color="#444444", linewidth=0.9, linestyle="--", zorder=1)
+        axes.axvline(max(pool["thresholds"][name], NATS_FLOOR), **line)
     axes.margins(x=0.06, y=0.12)  # room for the labels of the corners
     for quadrant, (x, y, horizontal, vertical) in CORNERS.items():
         axes.text(
@@ -104,8 +114,8 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
             zorder=4,
         )
-    axes.set_xlabel("uncertainty: mean entropy of the prediction (nats)")
-    axes.set_ylabel("error: perplexity of the answer")
+    axes.set_xlabel("uncertainty: mean entropy of the prediction (nats, log scale)")
+    axes.set_ylabel("error: perplexity of the answer (log scale of the loss)")
     kept_count = sum(map(bool, pool["kept"]))
     axes.set_title(f"Error-Uncertainty plane: {kept_count} of {len(pool['kept'])} candidates kept")
 
@@ -121,6 +131,20 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
     ]
     figure.legend(handles=entries, loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def _log_loss(perplexity: Any) -> Any:
+    """Where a perplexity lies on its axis: log10 of the loss, in nats, that it is the exponential of; NumPy arrays."""
+    import numpy as np
+
+    return np.log10(np.maximum(np.log(np.maximum(perplexity, 1.0)), NATS_FLOOR))
+
+
+def _perplexity(position: Any) -> Any:
+    """The perplexity at a position of its axis: the inverse of [`_log_loss`]."""
+    import numpy as np
+
+    return np.exp(np.minimum(10.0**position, 700.0))  # `exp` overflows above 709
 
 
 def _colours(pool: dict[str, Any], color_by: str) -> dict[Any, tuple[str, str]]:

@@ -45,8 +45,25 @@ def test_every_candidate_is_drawn_once_and_survivors_are_solid(pool, color_by):
     axes = plot_eu_plane(pool, color_by=color_by).axes[0]
     expected = list(zip(pool["entropy"], pool["perplexity"], pool["kept"], strict=True))
     assert sorted(points(axes)) == sorted(expected)
-    assert axes.get_yscale() == "log"
-    assert axes.get_xscale() == "linear"
+    assert axes.get_xscale() == "log"
+    assert axes.get_yscale() == "function"
+
+
+def test_samples_just_above_perplexity_one_lie_apart_and_the_lowest_lie_on_the_edge(pool):
+    rows = {"perplexity": [1.0, 1.001, 1.01, 2.0], "entropy": [0.0, 0.001, 0.01, 1.0]}
+    rest = {name: pool[name][:4] for name in ("quadrant", "kept", "filled", "group")}
+    axes = plot_eu_plane({**rows, **rest, "thresholds": pool["thresholds"]}).axes[0]
+    drawn = sorted((x, y) for x, y, _ in points(axes))
+    assert drawn[0] == pytest.approx((plots.NATS_FLOOR, 1.0 + plots.NATS_FLOOR), rel=1e-6)
+    assert drawn[1:] == [(0.001, 1.001), (0.01, 1.01), (1.0, 2.0)]
+    places = axes.transAxes.inverted().transform(axes.transData.transform(drawn))
+    assert (places[1:] - places[:-1] > 0.1).all()
+    assert ((places > 0.0) & (places < 1.0)).all()
+
+
+def test_the_scale_of_the_perplexity_has_an_inverse():
+    for value in (1.001, 1.5, 20.0, 1e6):
+        assert plots._perplexity(plots._log_loss(value)) == pytest.approx(value)
 
 
 def test_thresholds_and_corners_are_drawn(pool):
