@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from . import demo
+
 Row = dict[str, Any]
 FORMATS = {
     ".json": "json",
@@ -56,7 +58,9 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
         raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
     given = f"`dataset_name` is {name!r}"
     path = _local_file(name)
-    if path is not None:
+    if name == demo.DATASET:
+        splits: Any = demo.load_demo_dataset()
+    elif path is not None:
         splits = _loaded(given, lambda: load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=streaming))
     else:
         splits = _loaded(given, lambda: load_dataset(name, name=script_args.dataset_config, streaming=streaming))

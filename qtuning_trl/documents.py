@@ -1,14 +1,19 @@
 """Documents: taking rows of the train loader apart, pruning their tokens, and putting survivors into micro-batches."""
 
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-# One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); `group` where the run counts by a column.
+# One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); its `sample_id`; `group` where the run
+# counts by a column.
 Document = dict[str, Any]
+NOT_FOR_THE_MODEL = ("sample_id", "group")
+SAMPLE_ID = "sample_id"
 
 IGNORE = -100
 
@@ -25,22 +30,48 @@ class RawBatch:
         self.examples = examples
 
 
+def number_rows(dataset: Dataset) -> Dataset:
+    """
+    The dataset with a column `sample_id`: its row numbers, or the user's own integers if it has such a column.
+
+    Raises:
+        `ValueError`: If the user's own are no integers.
+    """
+    if SAMPLE_ID not in dataset.column_names:
+        return dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
+    kind = dataset.features[SAMPLE_ID]
+    if "int" not in getattr(kind, "dtype", ""):
+        raise ValueError(
+            f"`train_dataset` has the column {SAMPLE_ID!r} with values of type {kind}: rename it, or give integers "
+            "that name the samples."
+        )
+    return dataset
+
+
 def split_documents(example: dict[str, Any], group_column: str | None = None) -> list[Document]:
     """
     The documents of one row of the dataset: the row itself, or what `bfd` packing put together (`seq_lengths`).
 
-    A packed row has no other columns, so its documents have no group.
+    A packed row has no other columns, so its documents have no group. A document's `sample_id` is its row number in the
+    training set where the row holds it, else a hash of its tokens, which is the same wherever the document turns up.
     """
     input_ids = np.asarray(example["input_ids"], dtype=np.int64)
     labels = np.asarray(example.get("labels", example["input_ids"]), dtype=np.int64)
     if "seq_lengths" in example:
         ends = np.cumsum(example["seq_lengths"])[:-1]
         pieces = zip(np.split(input_ids, ends), np.split(labels, ends), strict=True)
-        return [{"input_ids": ids, "labels": piece_labels} for ids, piece_labels in pieces]
-    document: Document = {"input_ids": input_ids, "labels": labels}
+        return [_with_id({"input_ids": ids, "labels": piece_labels}) for ids, piece_labels in pieces]
+    document = _with_id({"input_ids": input_ids, "labels": labels}, example.get(SAMPLE_ID))
     if group_column is not None:
         document["group"] = example[group_column]
     return [document]
+
+
+def _with_id(document: Document, row: int | None = None) -> Document:
+    if row is None:
+        tokens = document["input_ids"].tobytes() + document["labels"].tobytes()
+        row = int.from_bytes(blake2b(tokens, digest_size=8).digest(), "big") >> 1  # an int64 for datasets and parquet
+    return {**document, SAMPLE_ID: row}
 
 
 def answer_lengths(documents: list[Document]) -> list[int]:

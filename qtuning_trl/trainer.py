@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -23,10 +24,13 @@ from trl import SFTTrainer
 from . import checks
 from .config import QTuningSFTConfig
 from .documents import (
+    NOT_FOR_THE_MODEL,
+    SAMPLE_ID,
     Document,
     RawBatch,
     answer_lengths,
     answer_mask,
+    number_rows,
     pack_rows,
     protected_mask,
     prune_document,
@@ -122,6 +126,8 @@ class QTuningSFTTrainer(SFTTrainer):
                 processing_class = self._load_processing_class(model, args)
             checks.refuse_missing_chat_template(processing_class)
 
+        if isinstance(train_dataset, Dataset) and not args.keeps_everything:
+            train_dataset = number_rows(train_dataset)
         super().__init__(
             model,
             args,
@@ -139,8 +145,9 @@ class QTuningSFTTrainer(SFTTrainer):
                 f"`max_length` is {args.max_length}: it cuts off the whole answer of {cut_off} of {rows_before} rows, "
                 "which TRL drops; raise it to train on them."
             )
-        if args.group_column is not None:
-            keep_column(self, args.group_column)
+        for column in (SAMPLE_ID, args.group_column):
+            if column is not None and not args.keeps_everything:
+                keep_column(self, column)
         # Survivors are uneven over micro-batches and processes, so the loss must be divided by the tokens of the step.
         # About 40 multimodal families switch this off, and their survivors would be averaged wrongly.
         self.model_accepts_loss_kwargs = True
@@ -430,5 +437,5 @@ def _length(dataset: Any) -> int | None:
 
 def _as_rows(documents: list[Document], packing: bool) -> list[Document]:
     """Documents as the collator takes them; where rows are packed, each is a row with one document."""
-    rows = [{key: value for key, value in document.items() if key != "group"} for document in documents]
+    rows = [{key: value for key, value in doc.items() if key not in NOT_FOR_THE_MODEL} for doc in documents]
     return [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows] if packing else rows

@@ -1,6 +1,9 @@
 """The demo: its data, its grading, the base model that ships, and its report."""
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.demo import base_model_path, load_demo_dataset
 from qtuning_trl.demo.arithmetic import (
     COPIES,
+    KINDS,
     SHARES,
     final_answer,
     held_out,
@@ -22,6 +26,8 @@ from qtuning_trl.demo.arithmetic import (
 )
 from qtuning_trl.demo.make_base_model import CHARACTERS, document, make_tokenizer
 from qtuning_trl.demo.report import PLOT_NAME, POOLS_KEPT, DemoReport, PoolCollector, accuracy
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +257,29 @@ def test_the_collector_keeps_the_last_pools():
     together = collector.pool()
     assert together["kept"] == list(range(2, POOLS_KEPT + 2))
     assert together["thresholds"]["entropy_low"] == pytest.approx((2 + POOLS_KEPT + 1) / 2)
+
+
+def test_the_recipe_runs_and_reports(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "qtuning_trl", "sft", "--config", str(REPOSITORY / "recipes" / "demo.yaml"),
+            "--max_steps", "2", "--output_dir", str(tmp_path / "run"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        assert f"│ {kind} " in done.stdout
+    assert "accuracy on clean held-out problems" in done.stdout
+    assert {"qtuning_summary.json", "eu_plane.png", "adapter_model.safetensors"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+
+def test_help_needs_neither_torch_nor_trl():
+    code = "import sys; from qtuning_trl import cli; cli.main(['--help'])"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "sft" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "trl", "transformers"}

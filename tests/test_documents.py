@@ -7,11 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from qtuning_trl.documents import (
     IGNORE,
+    SAMPLE_ID,
     answer_lengths,
     answer_mask,
+    number_rows,
     pack_rows,
     protected_mask,
     prune_document,
@@ -33,7 +36,7 @@ def with_prompt(prompt: int, answer: int, start: int = 10):
 
 
 def as_lists(documents):
-    return [{key: np.asarray(value).tolist() for key, value in doc.items()} for doc in documents]
+    return [{key: np.asarray(value).tolist() for key, value in doc.items() if key != SAMPLE_ID} for doc in documents]
 
 
 # split_documents
@@ -64,6 +67,25 @@ def test_a_packed_row_is_its_documents():
     ]
     one = {"input_ids": [1, 2], "labels": [1, 2], "seq_lengths": [2]}
     assert as_lists(split_documents(one)) == [{"input_ids": [1, 2], "labels": [1, 2]}]
+
+
+def test_a_sample_id_is_the_row_number_or_a_hash_of_the_tokens():
+    rows = number_rows(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": [5, 6]}, {"input_ids": [7]}]))
+    assert [split_documents(row)[0][SAMPLE_ID] for row in rows.shuffle(seed=1)] == rows.shuffle(seed=1)[SAMPLE_ID]
+    assert sorted(rows[SAMPLE_ID]) == [0, 1, 2]
+    own = Dataset.from_dict({"input_ids": [[5], [6]], SAMPLE_ID: [40, 30]})
+    assert number_rows(own)[SAMPLE_ID] == [40, 30]
+    with pytest.raises(ValueError, match=r"has the column 'sample_id' with values of type .*: rename it, or give"):
+        number_rows(Dataset.from_dict({SAMPLE_ID: ["a", "b"]}))
+
+    packed = split_documents(
+        {"input_ids": [1, 2, 3, 4, 3, 4], "labels": [1, 2, 3, 4, IGNORE, 4], "seq_lengths": [2] * 3}
+    )
+    (alone,) = split_documents({"input_ids": [3, 4], "labels": [3, 4]})
+    first, second, third = (doc[SAMPLE_ID] for doc in packed)
+    assert second == alone[SAMPLE_ID]
+    assert len({first, second, third}) == 3  # the third has other labels
+    assert all(0 <= doc[SAMPLE_ID] < 2**63 for doc in packed)
 
 
 # Masks

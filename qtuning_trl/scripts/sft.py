@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, missing_files, pick_split
@@ -140,8 +141,6 @@ def build_trainer(
     # Before the data is loaded: `test_split_size` draws from the global generator, and all processes, and a resumed
     # run, must draw the same split.
     set_seed(training_args.seed)
-    # DEMO: where `model_name_or_path` and `dataset_name` are the demo's ids, its own files go in their place (here and
-    # at `load_data` below), and its report goes around `trainer.train` in `train`.
     model = find_model(model_args, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -180,6 +179,8 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
     from transformers import AutoConfig
 
     name = str(model_args.model_name_or_path)
+    if name == demo.BASE_MODEL:
+        return demo.base_model_path()
     try:
         AutoConfig.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
@@ -207,14 +208,21 @@ def _mapped(
 
 
 def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
-    """Train, save, write the model card, and say where everything is."""
+    """Train, save, write the model card, and say where everything is; around the demo's data goes its report."""
     from ..record import SUMMARY_NAME
 
     args = trainer.args
     output_dir = str(args.output_dir)
+    report = None
+    if dataset_name == demo.DATASET and trainer.is_world_process_zero():
+        from ..demo.report import DemoReport
+
+        report = DemoReport(trainer, demo.load_demo_dataset()["test"])
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
+    if report is not None:
+        report.finish(output_dir)
     what = "Adapter" if getattr(trainer.model, "peft_config", None) else "Model"
     trainer.accelerator.print(f"{what} saved to {output_dir}; what was kept: {os.path.join(output_dir, SUMMARY_NAME)}")
     if args.push_to_hub:

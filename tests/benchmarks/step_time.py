@@ -24,7 +24,7 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
@@ -146,6 +146,7 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
         callbacks=[clock],
     )
+    trainer.remove_callback(PrinterCallback)
     memory = None if on_gpu else PeakMemory()
     if memory is None:
         torch.cuda.reset_peak_memory_stats()
@@ -167,7 +168,6 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
     row = {"step": statistics.median(clock.seconds[1:]), "peak_bytes": float(peak)}
     for name in ("scoring", "selection", "collation", "training"):
         row[name] = statistics.median(part[name] for part in phases[1:]) if phases else 0.0
-    del trainer
     gc.collect()
     return row
 
@@ -177,8 +177,8 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--batch", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of an optimizer step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of the longest row; the shortest has half")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps an arm and round, after one to warm up")
+    parser.add_argument("--length", type=int, default=128, help="tokens of the longest row; the shortest has half")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps an arm and round, after one to warm up")
     parser.add_argument("--rounds", type=int, default=5, help="turns each arm takes")
     parser.add_argument("--token_pruning", choices=["mask", "drop"], default="drop")
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
