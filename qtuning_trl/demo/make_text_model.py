@@ -1,0 +1,112 @@
+"""
+Make a small base model for a text data set of your own, where no hub can be reached.
+
+```bash
+python -m qtuning_trl.demo.make_text_model --data train.jsonl --column question --output runs/base
+```
+
+A byte-pair tokenizer and a Llama of about three million parameters, both trained on one column of the file: enough to
+know the language of the text, so that `qtuning sft` can be tried on it. It is no substitute for a real base model.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from ..data import FORMATS
+
+SPECIAL = ["<pad>", "<eos>"]
+CONTEXT = 1024  # tokens
+
+
+def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level byte-pair tokenizer of at most `vocab_size` tokens; it knows every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=CONTEXT
+    )
+
+
+def make_model(vocab_size: int) -> LlamaForCausalLM:
+    """An untrained Llama."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, batch_size: int
+) -> None:
+    """Train all parameters with AdamW, in float32, on random texts, cut to the context."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
+    model.train()
+    start = time.perf_counter()
+    for step in range(1, steps + 1):
+        rows = [texts[int(i)] + tokenizer.eos_token for i in torch.randint(len(texts), (batch_size,))]
+        batch = tokenizer(rows, padding=True, truncation=True, return_tensors="pt", return_token_type_ids=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    from datasets import load_dataset
+
+    parser = argparse.ArgumentParser(description="Make a small base model for a text data set of your own.")
+    parser.add_argument("--data", type=Path, required=True, help=f"file of rows: {', '.join(FORMATS)}")
+    parser.add_argument("--column", required=True, help="column that holds the text to train on")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.data.suffix not in FORMATS or not args.data.is_file():
+        parser.error(f"`--data` is {str(args.data)!r}: give a file that exists and ends in {', '.join(FORMATS)}.")
+    rows = load_dataset(FORMATS[args.data.suffix], data_files=str(args.data), split="train")
+    if args.column not in rows.column_names:
+        parser.error(f"`--column` is {args.column!r}: choose one of {', '.join(rows.column_names)}.")
+    texts = list(rows[args.column])
+    set_seed(args.seed)
+    tokenizer = make_tokenizer(texts, args.vocab_size)
+    model = make_model(len(tokenizer))
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens", flush=True)
+    train(model, tokenizer, texts, args.steps, args.batch_size)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()
