@@ -9,6 +9,7 @@ from trl import SFTConfig
 BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*$")
 TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
+MICRO_BATCHES = ("full", "small")
 
 
 @dataclass
@@ -88,9 +89,55 @@ class QTuningSFTConfig(SFTConfig):
     scoring_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, "
-            "`per_device_train_batch_size` times the longest candidate: no more than one training micro-batch of the "
-            "unpruned run."
+            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, three times those of a "
+            "micro-batch of survivors: scoring keeps no activations, so it stays below the peak memory of training."
+        },
+    )
+
+    # Parameters that make scoring cheaper than exact, which is the default
+    scored_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the pool that is scored, in (0, 1], drawn at random. As many samples are kept as of the "
+            "whole pool, but chosen among those scored. Must be at least `sample_ratio`. With reused scores it is the "
+            "share that is scored anew at most, those first whose scores are oldest."
+        },
+    )
+    score_reuse_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs for which a sample's score is used again before the sample is scored anew. The number of "
+            "epochs of the run scores in the first one only, which makes the selection static. If `None`, a sample is "
+            "scored whenever it is drawn."
+        },
+    )
+    score_reuse_steps: int | None = field(
+        default=None,
+        metadata={"help": "As `score_reuse_epochs`, in optimizer steps. Give one of the two."},
+    )
+    scoring_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name or path of a smaller model with the same tokenizer, which scores for the model that is "
+            "trained (e.g. SmolLM2-135M for SmolLM2-1.7B). It is not trained, which makes the selection static."
+        },
+    )
+
+    # Parameters that control how the survivors are trained on
+    micro_batches: str = field(
+        default="full",
+        metadata={
+            "help": "How the survivors of an optimizer step are split: `'full'` micro-batches, as few as they need "
+            "(faster), or `'small'` ones, as many as the step has without pruning (lower peak memory).",
+            "choices": list(MICRO_BATCHES),
+        },
+    )
+    survivor_checkpointing: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether `gradient_checkpointing` holds for the survivors. If false, they are trained without it, "
+            "in micro-batches whose activations take no more memory than a full micro-batch takes with it; one that is "
+            "too large for that, even with a single row, is checkpointed. The gradients are the same."
         },
     )
 
@@ -118,7 +165,11 @@ class QTuningSFTConfig(SFTConfig):
                 )
         if not 0.0 <= self.neighbor_weight <= 1.0:
             raise ValueError(f"`neighbor_weight` is {self.neighbor_weight}: give a weight from 0 to 1, such as 0.5.")
-        for name, choices in (("token_pruning", TOKEN_PRUNING), ("selection_scope", SELECTION_SCOPES)):
+        for name, choices in (
+            ("token_pruning", TOKEN_PRUNING),
+            ("selection_scope", SELECTION_SCOPES),
+            ("micro_batches", MICRO_BATCHES),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
@@ -136,6 +187,24 @@ class QTuningSFTConfig(SFTConfig):
                 "leave it out."
             )
 
+        self._check_cheaper_scoring()
+
+    def _check_cheaper_scoring(self) -> None:
+        if not self.sample_ratio <= self.scored_share <= 1.0:
+            raise ValueError(
+                f"`scored_share` is {self.scored_share} and `sample_ratio` is {self.sample_ratio}: give a share from "
+                "`sample_ratio` to 1, since only scored samples can be kept."
+            )
+        if self.score_reuse_epochs is not None and self.score_reuse_steps is not None:
+            raise ValueError(
+                f"`score_reuse_epochs` is {self.score_reuse_epochs} and `score_reuse_steps` is "
+                f"{self.score_reuse_steps}: give only one of the two."
+            )
+        for name in ("score_reuse_epochs", "score_reuse_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}: give a whole number of at least 1, or leave it out.")
+
     def _apply_budget(self, budget: str) -> None:
         match = BUDGET.match(str(budget))
         if match is None:
@@ -148,6 +217,11 @@ class QTuningSFTConfig(SFTConfig):
                     f"`budget` is {budget!r} and `{name}` is {given}: they disagree, so give only one of the two."
                 )
             setattr(self, name, ratio)
+
+    @property
+    def reuses_scores(self) -> bool:
+        """Whether a sample's score may be used in several steps."""
+        return self.score_reuse_epochs is not None or self.score_reuse_steps is not None
 
     @property
     def keeps_everything(self) -> bool:

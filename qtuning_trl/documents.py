@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 
 # One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); its `sample_id`; `group` where the run
-# counts by a column.
+# counts by a column; `pruned` if tokens of its answer were taken out.
 Document = dict[str, Any]
-NOT_FOR_THE_MODEL = ("sample_id", "group")
+NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned")
 SAMPLE_ID = "sample_id"
 
 IGNORE = -100
@@ -112,6 +112,7 @@ def prune_document(document: Document, keep: np.ndarray, drop: bool) -> Document
     labels = document["labels"]
     pruned = np.zeros(len(labels), dtype=bool)
     pruned[1:] = (labels[1:] != IGNORE) & ~keep[: len(labels) - 1]
+    document = {**document, "pruned": bool(pruned.any())}
     if drop:
         return {**document, "input_ids": document["input_ids"][~pruned], "labels": labels[~pruned]}
     return {**document, "labels": np.where(pruned, IGNORE, labels)}
@@ -144,6 +145,22 @@ def pack_rows(documents: list[Document], max_length: int) -> list[Document]:
         }
         for row in rows
     ]
+
+
+def tokens_without_checkpointing(tokens: int, hidden_size: int, intermediate_size: int, num_layers: int) -> int:
+    """
+    Tokens of a micro-batch trained without checkpointing that keeps no more activations than `tokens` do with it.
+
+    A layer of a Llama keeps about `10 * hidden_size + 4 * intermediate_size` values a token for its backward pass. With
+    checkpointing all layers keep their input, and one of them at a time the rest.
+    """
+    inside = 10 * hidden_size + 4 * intermediate_size
+    return int(tokens * (num_layers * hidden_size + inside) / (num_layers * inside))
+
+
+def padded_tokens(rows: list[Document]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    return len(rows) * max((len(row["input_ids"]) for row in rows), default=0)
 
 
 def split_evenly(rows: list[Document], count: int) -> list[list[Document]]:

@@ -11,8 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import trl.kernels.chunked_logprob as trl_head_kernel
+import trl.trainer.utils as trl_head
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from .config import QTuningSFTConfig
+
+# Tokens x vocabulary of one tile of the LM head off Triton: 4 MiB in float32, which a core's cache holds. TRL's own
+# tiles take 512 MiB; in a trial (SmolLM2-135M's head, one core) these took half its time at the same positions.
+HEAD_TILE = (256, 4096)
 
 
 @contextmanager
@@ -61,6 +69,77 @@ def per_token_values(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Ten
     """
     outputs = model(**batch, fused_lm_head=True)
     return outputs.log_probs[outputs.label_mask], outputs.entropy[outputs.label_mask]
+
+
+@contextmanager
+def lean_lm_head(device: torch.device) -> Iterator[None]:
+    """
+    While it is open, TRL's fused LM head projects labelled positions only, in small tiles; also off Triton.
+
+    On Triton it projects them only anyway, and nothing is touched. Elsewhere TRL projects every position, for the sake
+    of devices that would recompile for each number of labels (Neuron); a CPU does not. The values are the same.
+
+    Leans on `trl.trainer.utils._use_triton` deciding which positions are projected, on `_CHUNKED_LOGPROB_CHUNK_SIZE`
+    there and on `trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE`.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    own = trl_head._use_triton, trl_head_kernel.TOKEN_CHUNK_SIZE, trl_head._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_head._use_triton = lambda device: True
+    trl_head_kernel.TOKEN_CHUNK_SIZE, trl_head._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILE
+    try:
+        yield
+    finally:
+        trl_head._use_triton, trl_head_kernel.TOKEN_CHUNK_SIZE, trl_head._CHUNKED_LOGPROB_CHUNK_SIZE = own
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """
+    While it is open, the model keeps its activations; gradient checkpointing is on again afterwards.
+
+    Leans on transformers' layers reading their attribute `gradient_checkpointing` on each call.
+    """
+    flag = "gradient_checkpointing"
+    checkpointed = [module for module in model.modules() if getattr(module, flag, False)]
+    for module in checkpointed:
+        setattr(module, flag, False)
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            setattr(module, flag, True)
+
+
+def load_proxy(args: QTuningSFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """
+    The model that `scoring_model` names, with TRL's fused LM head, in the precision and on the device of `model`.
+
+    Leans on `trl.trainer.utils.add_fused_lm_head`.
+
+    Raises:
+        `ValueError`: If it cannot be loaded, or its tokenizer is another one.
+    """
+    name = str(args.scoring_model)
+    try:
+        same = AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
+        proxy = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype) if same else None
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"`scoring_model` is {name!r}, which cannot be loaded ({cause}): check the name, or give the folder of a "
+            "local model."
+        ) from error
+    if proxy is None:
+        raise ValueError(
+            f"`scoring_model` is {name!r}, whose tokenizer has another vocabulary than the model that is trained: "
+            "choose a smaller model of the same family."
+        )
+    trl_head.add_fused_lm_head(proxy, outputs=("log_probs", "entropy"))
+    proxy.requires_grad_(False)
+    proxy.to(args.device)  # type: ignore[arg-type]
+    return proxy
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -29,6 +28,8 @@ COUNTS = (
     "filled",
     "trimmed",
     "unscorable_samples",
+    "scored_samples",
+    "stale_scores",
 )
 THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")
 PACKAGES = ("qtuning-trl", "trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
@@ -69,7 +70,8 @@ class StepCounts:
         counts (`dict[str, float]`): Sums over candidates (`COUNTS`).
         thresholds (`dict[str, float]`): Sums over the `compared` groups of candidates (`THRESHOLDS`).
         compared (`int`): Groups of candidates compared with each other.
-        nll, entropy (`float`): Sums over the pool's answer tokens, in nats.
+        nll, entropy (`float`): Sums over the answer tokens of the samples with a score, in nats.
+        scored_tokens (`int`): Those answer tokens.
         scored (`bool`): Whether the candidates were scored; a run that keeps everything does not.
         groups (`dict[str, dict[str, int]]`): Candidates and survivors by the value of `group_column`.
     """
@@ -79,13 +81,13 @@ class StepCounts:
     compared: int = 0
     nll: float = 0.0
     entropy: float = 0.0
+    scored_tokens: int = 0
     scored: bool = True
     groups: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add_selection(self, selection: SampleSelection) -> None:
         """Count the samples of one group of candidates."""
         self.compared += 1
-        self.counts["pool_samples"] += len(selection.keep)
         self.counts["kept_samples"] += int(selection.keep.sum())
         self.counts["filled"] += int(selection.filled.sum())
         self.counts["trimmed"] += int(selection.trimmed.sum())
@@ -94,12 +96,10 @@ class StepCounts:
         for name in THRESHOLDS:
             self.thresholds[name] += getattr(selection, name)
 
-    def add_groups(self, values: list[Any], keep: Tensor) -> None:
-        """Count candidates and survivors by the value of `group_column`."""
-        for value, kept in zip(values, keep.tolist(), strict=True):
-            group = self.groups.setdefault(str(value), {"candidates": 0, "kept": 0})
-            group["candidates"] += 1
-            group["kept"] += int(kept)
+    def add_groups(self, values: list[Any], what: str) -> None:
+        """Count samples (`"candidates"` or `"kept"`) by the value of `group_column`."""
+        for value in values:
+            self.groups.setdefault(str(value), {"candidates": 0, "kept": 0})[what] += 1
 
     def __add__(self, other: "StepCounts") -> "StepCounts":
         """The counts of two processes together."""
@@ -109,6 +109,7 @@ class StepCounts:
             compared=self.compared + other.compared,
             nll=self.nll + other.nll,
             entropy=self.entropy + other.entropy,
+            scored_tokens=self.scored_tokens + other.scored_tokens,
             scored=self.scored,
         )
         add_to_groups(total.groups, self.groups)
@@ -116,9 +117,9 @@ class StepCounts:
         return total
 
     def metrics(self) -> dict[str, float]:
-        """What is logged: counts, mean thresholds, and the pool's NLL and entropy per answer token (nats)."""
+        """What is logged: counts, mean thresholds, and the scored samples' NLL and entropy per answer token (nats)."""
         metrics = dict(self.counts)
-        tokens = self.counts["pool_answer_tokens"]
+        tokens = self.scored_tokens
         if self.compared:
             metrics |= {name: total / self.compared for name, total in self.thresholds.items()}
         if self.scored and tokens:
@@ -223,6 +224,8 @@ class RunRecord(TrainerCallback, ExportableState):
             "filled": counts["filled"],
             "trimmed": counts["trimmed"],
             "unscorable": counts["unscorable_samples"],
+            "scored": counts["scored_samples"],
+            "stale_scores": counts["stale_scores"],
             "groups": self.totals["groups"],
             "seconds": {**seconds, "total": sum(seconds.values())},
             "peak_memory": peak_memory(),

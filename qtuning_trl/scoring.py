@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,17 @@ class TokenValues:
     def rows(self, rows: slice) -> "TokenValues":
         """The values of some of the samples."""
         return TokenValues(self.nll[rows], self.entropy[rows], self.answer_mask[rows])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """NLL and entropy of one sample's answer tokens, float32 of shape `(answer tokens,)`."""
+        mask = self.answer_mask[index]
+        return self.nll[index][mask].float().numpy(), self.entropy[index][mask].float().numpy()
+
+    def set_row(self, index: int, nll: np.ndarray, entropy: np.ndarray) -> None:
+        """Put in NLL and entropy of one sample's answer tokens."""
+        mask = self.answer_mask[index]
+        self.nll[index, mask] = torch.from_numpy(nll).double()
+        self.entropy[index, mask] = torch.from_numpy(entropy).double()
 
 
 def scoring_batches(lengths: list[int], batch_tokens: int, padding_free: bool) -> list[list[int]]:
@@ -66,7 +78,8 @@ def score_documents(
     Args:
         documents (`list[Document]`): The pool.
         answer_mask (`Tensor` of shape `(samples, longest - 1)`, bool): Answer tokens, as of `documents.answer_mask`.
-        batches (`Iterable[list[int]]`): Indices of the samples that go through the model together.
+        batches (`Iterable[list[int]]`): Indices of the samples that go through the model together. The values of a
+            sample that is in none stay 0.
         forward (`Callable`): Takes documents, returns the log-likelihoods and entropies of their answer tokens, in
             nats, as two vectors in order.
 

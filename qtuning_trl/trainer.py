@@ -7,10 +7,14 @@ itself is TRL's own.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
@@ -19,7 +23,9 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from . import checks
 from .config import QTuningSFTConfig
@@ -32,17 +38,33 @@ from .documents import (
     answer_mask,
     number_rows,
     pack_rows,
+    padded_tokens,
     protected_mask,
     prune_document,
     split_documents,
     split_evenly,
+    tokens_without_checkpointing,
 )
-from .host import count_items, keep_column, per_token_values, scoring_mode, train_loader_of
-from .method import SampleSelection, sample_statistics, select_samples, token_keep_mask, token_scores
+from .host import (
+    count_items,
+    keep_column,
+    lean_lm_head,
+    load_proxy,
+    per_token_values,
+    scoring_mode,
+    train_loader_of,
+    without_checkpointing,
+)
+from .method import SampleSelection, budget_size, sample_statistics, select_samples, token_keep_mask, token_scores
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
+from .score_cache import FILE_NAME as SCORES_NAME
+from .score_cache import Score, ScoreCache
 from .scoring import TokenValues, score_documents, scoring_batches
 
 logger = get_logger(__name__)
+
+# Tokens scored at once, for each that is trained on at once: scoring keeps no activations (docs/benchmarks.md).
+SCORING_TO_TRAINING = 3
 
 
 class QTuningSFTTrainer(SFTTrainer):
@@ -151,6 +173,16 @@ class QTuningSFTTrainer(SFTTrainer):
         # Survivors are uneven over micro-batches and processes, so the loss must be divided by the tokens of the step.
         # About 40 multimodal families switch this off, and their survivors would be averaged wrongly.
         self.model_accepts_loss_kwargs = True
+        self._proxy = load_proxy(args, self.model, self._tokenizer) if args.scoring_model is not None else None
+        # Flattened batches cost no padding, and the kernels that can tell their documents apart do so by themselves.
+        flatten = self.padding_free or "flash" in str(self.model.config._attn_implementation)
+        self._scoring_collator = replace(
+            cast(DataCollatorForLanguageModeling, self.data_collator), padding_free=flatten
+        )
+        self._score_cache: ScoreCache | None = None
+        if args.reuses_scores and not args.keeps_everything:
+            self._score_cache = ScoreCache(args.score_reuse_epochs, args.score_reuse_steps)
+            self.add_callback(_ScoreKeeper(self._score_cache, self.accelerator.num_processes))
         self.add_callback(RunRecord)
         self.add_callback(_SummaryWriter(self))
         self.last_pool: dict[str, Any] | None = None
@@ -178,9 +210,25 @@ class QTuningSFTTrainer(SFTTrainer):
         return ids
 
     @property
+    def _scorer(self) -> PreTrainedModel:
+        """The model that scores: the one that is trained, unless `scoring_model` names another."""
+        return self.model if self._proxy is None else self._proxy
+
+    @property
     def run_record(self) -> RunRecord:
         """Counts and seconds of the run. Looked up, since transformers may rebuild callbacks on resume."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """TRL's `train`; with reused scores, a resumed run goes on with those of its checkpoint."""
+        if self._score_cache is not None:
+            self._score_cache.scores.clear()
+            folder = (
+                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+            )
+            if folder and not self._score_cache.load(folder):
+                logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # The three hooks of the training loop
 
@@ -218,11 +266,11 @@ class QTuningSFTTrainer(SFTTrainer):
         groups = [[doc for row in rows for doc in split_documents(row, self.args.group_column)] for rows in drawn]
         if self.args.selection_scope != "micro_batch":
             groups = [[document for group in groups for document in group]]
-        longest_row = max(len(row["input_ids"]) for rows in drawn for row in rows)
-        batch_tokens = self.args.scoring_batch_tokens or self.args.per_device_train_batch_size * longest_row
-        survivors, step = self._prune_pool(groups, batch_tokens)
+        row_lengths = [len(row["input_ids"]) for rows in drawn for row in rows]
+        full_tokens = self.args.per_device_train_batch_size * max(row_lengths)
+        survivors, step = self._prune_pool(groups, self._scoring_batch_tokens(row_lengths, full_tokens, len(drawn)))
         with self.run_record.phase("collation"):
-            micro_batches = self._collate_survivors(survivors, len(drawn))
+            micro_batches = self._collate_survivors(survivors, len(drawn), full_tokens)
             num_items = count_items(self, micro_batches, device)
         self._num_micro_batches = len(micro_batches)
         self._record_step(step)
@@ -236,57 +284,142 @@ class QTuningSFTTrainer(SFTTrainer):
         if inputs["input_ids"].numel() == 0:
             return torch.zeros((), device=self.args.device)
         self.current_gradient_accumulation_steps = self._num_micro_batches
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self.args.keeps_everything:
+            return super().training_step(model, inputs, num_items_in_batch)
+        survivors = inputs.pop("survivors")
+        with ExitStack() as stack:
+            stack.enter_context(lean_lm_head(self.args.device))
+            if not inputs.pop("checkpointing"):
+                stack.enter_context(without_checkpointing(self.model))
+            if self._score_cache is not None and not self.args.packing:
+                stack.enter_context(self._renewed_scores(survivors))
+            return super().training_step(model, inputs, num_items_in_batch)
 
     # The parts of a step
+
+    def _scoring_batch_tokens(self, row_lengths: list[int], full_tokens: int, slots: int) -> int:
+        """Tokens to score at once: as many as stay below the peak memory of the micro-batches that will be trained."""
+        if self.args.scoring_batch_tokens is not None:
+            return self.args.scoring_batch_tokens
+        survivors = self.args.sample_ratio * sum(row_lengths)
+        if self.args.micro_batches == "small":
+            survivors /= slots
+        return max(int(SCORING_TO_TRAINING * min(full_tokens, survivors)), max(row_lengths))
 
     def _prune_pool(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[Document], StepCounts]:
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
         # A sample without an answer token has no perplexity: it is no candidate, and cannot survive.
         candidates = [[doc for doc, size in zip(g, answer_lengths(g), strict=True) if size > 0] for g in groups]
-        pool = [document for group in candidates for document in group]
-        values = self._score(pool, batch_tokens)
-        step = StepCounts(nll=float(values.nll.sum()), entropy=float(values.entropy.sum()))
-        step.counts["unscorable_samples"] = sum(map(len, groups)) - len(pool)
-        step.counts["pool_answer_tokens"] = int(values.answer_mask.sum())
+        with self.run_record.phase("scoring"):
+            scored, stale, values = self._score(candidates, batch_tokens)
+        tokens = int(values.answer_mask.sum())
+        step = StepCounts(nll=float(values.nll.sum()), entropy=float(values.entropy.sum()), scored_tokens=tokens)
+        step.counts["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))
+        step.counts["pool_answer_tokens"] = sum(sum(answer_lengths(group)) for group in candidates)
+        step.counts["stale_scores"] = stale
+        step.counts["scored_samples"] = sum(map(len, scored)) - stale
 
         survivors: list[Document] = []
         self.last_pool = None
         start = 0
         with self.run_record.phase("selection"):
-            for group in candidates:
+            for drawn, group in zip(candidates, scored, strict=True):
                 part = values.rows(slice(start, start + len(group)))
                 start += len(group)
                 perplexity, entropy = sample_statistics(part.nll, part.entropy, part.answer_mask)
                 self._refuse_diverged(perplexity, entropy)
-                selection = self._select(perplexity, entropy)
+                selection = self._select(perplexity, entropy, len(drawn))
+                step.counts["pool_samples"] += len(drawn)
                 if selection is None:
                     continue
                 kept = self._prune_tokens(group, part, selection)
                 survivors += kept
                 step.add_selection(selection)
                 step.counts["kept_answer_tokens"] += sum(answer_lengths(kept))
-                labels = [document.get("group") for document in group]
                 if self.args.group_column is not None:
-                    step.add_groups(labels, selection.keep)
-                self._remember_pool(perplexity, entropy, selection, labels)
+                    step.add_groups([document["group"] for document in drawn], "candidates")
+                    step.add_groups([document["group"] for document in kept], "kept")
+                self._remember_pool(perplexity, entropy, selection, [document.get("group") for document in group])
         return survivors, step
 
-    def _score(self, pool: list[Document], batch_tokens: int) -> TokenValues:
-        """One gradient-free forward pass of the current model over the pool."""
-        with self.run_record.phase("scoring"):
-            mask = answer_mask(pool)
-            lengths = [len(document["input_ids"]) for document in pool]
-            batches = scoring_batches(lengths, batch_tokens, self.padding_free)
-            idle = 0
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                # Sharded parameters are gathered by all processes together, so all run as many forwards.
-                idle = max(gather_object([len(batches)])) - len(batches)
-            with scoring_mode(self.model), self.compute_loss_context_manager():
-                values = score_documents(pool, mask, batches, self._forward_documents)
-                for _ in range(idle):
-                    self._forward_documents([self._dummy_row()])
-        return values
+    def _score(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[list[Document]], int, TokenValues]:
+        """
+        One gradient-free forward pass over the candidates, those that are to be scored now.
+
+        Returns:
+            `tuple`: Of each group, the candidates that have a score (all of them, unless `scored_share` is below 1);
+            how many of the scores are of an earlier step; the per-token values of these candidates, group by group.
+        """
+        scored: list[list[Document]] = []
+        now: list[int] = []
+        reused: dict[int, Score] = {}
+        for number, group in enumerate(groups):
+            start = sum(map(len, scored))
+            new, old = self._plan_scoring(group, number)
+            place = {index: start + place for place, index in enumerate(sorted([*new, *old]))}
+            scored.append([group[index] for index in place])
+            now += [place[index] for index in new]
+            reused |= {place[index]: score for index, score in old.items()}
+
+        pool = [document for group in scored for document in group]
+        lengths = [len(pool[index]["input_ids"]) for index in now]
+        batches = scoring_batches(lengths, batch_tokens, self._scoring_collator.padding_free)
+        idle = 0
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Sharded parameters are gathered by all processes together, so all run as many forwards.
+            idle = max(gather_object([len(batches)])) - len(batches)
+        with scoring_mode(self._scorer), lean_lm_head(self.args.device), self.compute_loss_context_manager():
+            chosen = [[now[index] for index in batch] for batch in batches]
+            values = score_documents(pool, answer_mask(pool), chosen, self._forward_documents)
+            for _ in range(idle):
+                self._forward_documents([self._dummy_row()])
+        for index, score in reused.items():
+            values.set_row(index, score.nll, score.entropy)
+        if self._score_cache is not None:
+            for index in now:
+                self._keep_score(pool[index], *values.row(index))
+        return scored, len(reused), values
+
+    def _plan_scoring(self, group: list[Document], number: int) -> tuple[list[int], dict[int, Score]]:
+        """Indices of the candidates to score now, and the earlier scores to use again (see `ScoreCache.plan`)."""
+        most = math.ceil(self.args.scored_share * len(group) - 1e-9)
+        order = list(range(len(group)))
+        if most < len(group):
+            # A generator of its own: the global one is restored only after a resumed run has drawn its first pool.
+            seed = (self.args.seed, self.state.global_step, self.accelerator.process_index, number)
+            order = np.random.default_rng(seed).permutation(len(group)).tolist()
+        if self._score_cache is None:
+            return order[:most], {}
+        samples = [(doc[SAMPLE_ID], size) for doc, size in zip(group, answer_lengths(group), strict=True)]
+        return self._score_cache.plan(samples, order, most, self.state.global_step, self._epochs_done())
+
+    def _epochs_done(self) -> int:
+        return math.floor((self.state.epoch or 0.0) + 1e-9)
+
+    def _keep_score(self, document: Document, nll: np.ndarray, entropy: np.ndarray) -> None:
+        assert self._score_cache is not None
+        score = Score(nll, entropy, self.state.global_step, self._epochs_done())
+        self._score_cache.add(document[SAMPLE_ID], score)
+
+    @contextmanager
+    def _renewed_scores(self, survivors: list[Document]) -> Iterator[None]:
+        """While it is open, a training forward renews the scores of the samples in it that are whole, for nothing."""
+
+        def renew(_module: Any, _inputs: Any, outputs: Any) -> None:
+            ends = np.cumsum(answer_lengths(survivors))[:-1]
+            nll, entropy = (
+                np.split(values[outputs.label_mask].detach().float().cpu().numpy(), ends)
+                for values in (-outputs.log_probs, outputs.entropy)
+            )
+            for index, document in enumerate(survivors):
+                if not document.get("pruned"):
+                    self._keep_score(document, nll[index].copy(), entropy[index].copy())
+
+        handle = self.model.register_forward_hook(renew)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _refuse_diverged(self, perplexity: Tensor, entropy: Tensor) -> None:
         broken = ~(perplexity.isfinite() & entropy.isfinite())
@@ -298,20 +431,32 @@ class QTuningSFTTrainer(SFTTrainer):
             )
 
     def _forward_documents(self, documents: list[Document]) -> tuple[Tensor, Tensor]:
-        batch = send_to_device(self.data_collator(_as_rows(documents, self.args.packing)), self.args.device)
-        return per_token_values(self.model, batch)
+        batch = send_to_device(self._scoring_collator(_as_rows(documents, self.args.packing)), self.args.device)
+        return per_token_values(self._scorer, batch)
 
-    def _select(self, perplexity: Tensor, entropy: Tensor) -> SampleSelection | None:
-        """Stage 1 on a group of candidates; among those of all processes, if they are compared with each other."""
+    def _select(self, perplexity: Tensor, entropy: Tensor, drawn: int) -> SampleSelection | None:
+        """
+        Stage 1 on the scored ones of a group of `drawn` candidates; of all processes' groups, if they are compared.
+
+        As many survive as the budget leaves of all that were drawn.
+        """
         if self.args.selection_scope != "all_processes" or self.accelerator.num_processes == 1:
-            return select_samples(perplexity, entropy, self.args.sample_ratio) if len(perplexity) else None
-        parts = gather_object([(perplexity.tolist(), entropy.tolist())])
+            return self._select_of(perplexity, entropy, drawn)
+        parts = gather_object([(perplexity.tolist(), entropy.tolist(), drawn)])
         everyone = [torch.tensor([x for part in parts for x in part[axis]], dtype=torch.float64) for axis in (0, 1)]
-        if len(everyone[0]) == 0:
+        selection = self._select_of(everyone[0], everyone[1], sum(part[2] for part in parts))
+        if selection is None:
             return None
         start = sum(len(part[0]) for part in parts[: self.accelerator.process_index])
-        selection = select_samples(everyone[0], everyone[1], self.args.sample_ratio)
         return selection.rows(slice(start, start + len(perplexity)))
+
+    def _select_of(self, perplexity: Tensor, entropy: Tensor, drawn: int) -> SampleSelection | None:
+        if drawn == 0:
+            return None
+        ratio = self.args.sample_ratio
+        if len(perplexity) < drawn:
+            ratio = budget_size(ratio, drawn) / len(perplexity)
+        return select_samples(perplexity, entropy, ratio)
 
     def _prune_tokens(self, group: list[Document], values: TokenValues, selection: SampleSelection) -> list[Document]:
         """The survivors, after stage 2 on those that it prunes; the others stay whole."""
@@ -329,8 +474,15 @@ class QTuningSFTTrainer(SFTTrainer):
         }
         return [shortened.get(index, group[index]) for index in kept]
 
-    def _collate_survivors(self, survivors: list[Document], slots: int) -> list[dict[str, Any]]:
-        """As few micro-batches as the survivors need; every process has as many, some of them dummies."""
+    def _collate_survivors(self, survivors: list[Document], slots: int, full_tokens: int) -> list[dict[str, Any]]:
+        """
+        The survivors in micro-batches, as few as they need or small ones; every process has as many, some dummies.
+
+        Args:
+            survivors (`list[Document]`): Those of this process.
+            slots (`int`): Micro-batches that the step has without pruning, the most there can be.
+            full_tokens (`int`): Tokens of one of those.
+        """
         distributed = self.accelerator.num_processes > 1
         shared = distributed and self.args.selection_scope == "all_processes"
         if shared:
@@ -342,13 +494,31 @@ class QTuningSFTTrainer(SFTTrainer):
             rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
             rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         count = -(-len(rows) // self.args.per_device_train_batch_size)
+        if self.args.micro_batches == "small":
+            count = len(rows)
+        limit = full_tokens
+        if not self.args.survivor_checkpointing:
+            limit = self._tokens_without_checkpointing(full_tokens)
+            fitting = (
+                n for n in range(max(count, 1), slots + 1) if max(map(padded_tokens, split_evenly(rows, n))) <= limit
+            )
+            count = next(fitting, count)
         if distributed:
             count = max(gather_object([count]))
         count = min(max(count, 1), slots)
         return [
-            self.data_collator(part or [self._dummy_row()])
-            for part in split_evenly(_as_rows(rows, packing=False), count)
+            {
+                **self.data_collator(_as_rows(part or [self._dummy_row()], packing=False)),
+                "survivors": part,
+                "checkpointing": self.args.survivor_checkpointing or padded_tokens(part) > limit,
+            }
+            for part in split_evenly(rows, count)
         ]
+
+    def _tokens_without_checkpointing(self, tokens: int) -> int:
+        config = self.model.config.get_text_config()
+        sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        return tokens_without_checkpointing(tokens, *sizes)
 
     def _dummy_row(self) -> Document:
         """A row without labels, which costs little and adds a differentiable zero: for a process with no survivor."""
@@ -410,6 +580,22 @@ class QTuningSFTTrainer(SFTTrainer):
         head, separator, tail = card.text.partition("### Framework versions")
         card.text = head + model_card_section(self.summary()).lstrip() + "\n" + separator + tail
         card.save(path)
+
+
+class _ScoreKeeper(TrainerCallback):
+    """Tells all processes what each has scored, and saves the scores with each checkpoint."""
+
+    def __init__(self, cache: ScoreCache, num_processes: int):
+        self.cache = cache
+        self.num_processes = num_processes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.cache.take_in(gather_object([self.cache.news]) if self.num_processes > 1 else [])
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            self.cache.save(folder)
 
 
 class _SummaryWriter(TrainerCallback):

@@ -136,11 +136,17 @@ def test_pruned_tokens_leave_the_loss_or_the_sequence():
     keep = np.array([False, True, False, False, True, True, True])
     masked, dropped = prune_document(whole, keep, drop=False), prune_document(whole, keep, drop=True)
     assert as_lists([masked]) == [
-        {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORE, IGNORE, 3, IGNORE, IGNORE, 6], "group": "a"}
+        {
+            "input_ids": [1, 2, 3, 4, 5, 6],
+            "labels": [IGNORE, IGNORE, 3, IGNORE, IGNORE, 6],
+            "group": "a",
+            "pruned": True,
+        }
     ]
     assert as_lists([dropped]) == [
-        {"input_ids": [1, 2, 3, 5, 6], "labels": [IGNORE, IGNORE, 3, IGNORE, 6], "group": "a"}
+        {"input_ids": [1, 2, 3, 5, 6], "labels": [IGNORE, IGNORE, 3, IGNORE, 6], "group": "a", "pruned": True}
     ]
+    assert prune_document(whole, np.ones(5, dtype=bool), drop=False)["pruned"] is False
     assert as_lists([whole]) == as_lists([before])
     assert masked["labels"].dtype == dropped["labels"].dtype == np.int64
 

@@ -1,0 +1,116 @@
+"""Amortised scoring: scores that are used again in later steps, kept by sample id, saved with each checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FILE_NAME = "qtuning_scores.npz"
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Per-token values of one sample, and when they were computed.
+
+    Args:
+        nll (`np.ndarray` of shape `(answer tokens,)`, float32): Negative log-likelihood, in nats.
+        entropy (`np.ndarray` of shape `(answer tokens,)`, float32): Predictive entropy, in nats.
+        step (`int`): Optimizer steps done at that time.
+        epoch (`int`): Epochs done at that time.
+    """
+
+    nll: np.ndarray
+    entropy: np.ndarray
+    step: int
+    epoch: int
+
+
+class ScoreCache:
+    """
+    The latest score of each sample; about 8 bytes an answer token.
+
+    Every process holds those of all processes, since a sample may turn up on another one in the next epoch.
+
+    Args:
+        reuse_epochs (`int`, *optional*): Epochs for which a score is used.
+        reuse_steps (`int`, *optional*): Optimizer steps for which a score is used.
+    """
+
+    def __init__(self, reuse_epochs: int | None, reuse_steps: int | None):
+        self.reuse_epochs, self.reuse_steps = reuse_epochs, reuse_steps
+        self.scores: dict[int, Score] = {}
+        self.news: dict[int, Score] = {}  # of this process and step, not yet known to the others
+
+    def is_expired(self, score: Score, step: int, epoch: int) -> bool:
+        """Whether a score has been used for as long as it may be."""
+        if self.reuse_epochs is not None:
+            return epoch - score.epoch >= self.reuse_epochs
+        return self.reuse_steps is not None and step - score.step >= self.reuse_steps
+
+    def plan(
+        self, samples: list[tuple[int, int]], order: list[int], most: int, step: int, epoch: int
+    ) -> tuple[list[int], dict[int, Score]]:
+        """
+        Which candidates to score now, and which scores to use again.
+
+        Args:
+            samples (`list[tuple[int, int]]`): Id and answer tokens of each candidate. A score for another number of
+                tokens is none.
+            order (`list[int]`): Indices of the candidates; decides among those that are equally old.
+            most (`int`): How many to score at most: those without a score first, then those whose scores are oldest.
+            step, epoch (`int`): Optimizer steps and epochs done.
+
+        Returns:
+            `tuple`: Indices of the candidates to score now, and scores by index. Beyond `most` an expired score is
+            used again; a candidate that has none is in neither.
+        """
+        latest = {index: self.scores.get(samples[index][0]) for index in order}
+        usable = {i: score for i, score in latest.items() if score is not None and len(score.nll) == samples[i][1]}
+        expired = [i for i in order if i not in usable or self.is_expired(usable[i], step, epoch)]
+        expired.sort(key=lambda i: usable[i].step if i in usable else -1)
+        now = expired[:most]
+        for index in now:
+            usable.pop(index, None)
+        return now, usable
+
+    def add(self, sample_id: int, score: Score) -> None:
+        """Keep a score in place of the one before."""
+        self.scores[sample_id] = self.news[sample_id] = score
+
+    def take_in(self, everyones_news: list[dict[int, Score]]) -> None:
+        """Take in what all processes scored in this step."""
+        for news in everyones_news:
+            self.scores.update(news)
+        self.news.clear()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `qtuning_scores.npz` into a checkpoint."""
+        ids = list(self.scores)
+        scores = list(self.scores.values())
+        empty = np.zeros(0, dtype=np.float32)
+        np.savez(
+            Path(folder, FILE_NAME),
+            sample_id=np.array(ids, dtype=np.int64),
+            step=np.array([score.step for score in scores], dtype=np.int64),
+            epoch=np.array([score.epoch for score in scores], dtype=np.int64),
+            tokens=np.array([len(score.nll) for score in scores], dtype=np.int64),
+            nll=np.concatenate([empty, *(score.nll for score in scores)]),
+            entropy=np.concatenate([empty, *(score.entropy for score in scores)]),
+        )
+
+    def load(self, folder: str | Path) -> bool:
+        """Go on from a checkpoint; whether it has scores. Without them the samples are scored anew."""
+        path = Path(folder, FILE_NAME)
+        if not path.is_file():
+            return False
+        with np.load(path) as arrays:
+            nll, entropy = arrays["nll"], arrays["entropy"]
+            columns = [arrays[name].tolist() for name in ("sample_id", "step", "epoch")]
+            ends = np.cumsum(arrays["tokens"])
+            spans = zip((ends - arrays["tokens"]).tolist(), ends.tolist(), strict=True)
+            self.scores = {
+                sample_id: Score(nll[start:end], entropy[start:end], step, epoch)
+                for sample_id, step, epoch, (start, end) in zip(*columns, spans, strict=True)
+            }
+        return True

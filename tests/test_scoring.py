@@ -1,0 +1,371 @@
+"""Selection that costs little: counted work, the lean head, small micro-batches, reused, partial and proxy scores."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import trl.trainer.utils as trl_head
+from conftest import prompt_completion_rows, tiny_llama
+from datasets import Dataset
+from test_trainer import COMMON, PACKED, PADDING_FREE, Recorder, losses, make_trainer, weights
+from transformers import PreTrainedTokenizerFast
+
+from qtuning_trl import QTuningSFTConfig
+from qtuning_trl.documents import padded_tokens, split_documents, tokens_without_checkpointing
+from qtuning_trl.host import lean_lm_head, without_checkpointing
+from qtuning_trl.score_cache import FILE_NAME, Score, ScoreCache
+
+
+class Work:
+    """Counts, by hooks, the tokens that go through the backbone and the rows that the LM head projects."""
+
+    def __init__(self, trainer, monkeypatch):
+        self.scored, self.trained, self.forwards, self.head_rows = 0, 0, 0, 0
+        model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        model.model.register_forward_hook(self._backbone, with_kwargs=True)
+        original = trl_head._ChunkedLogProbFunction.apply
+
+        def apply(hidden, *args):
+            self.head_rows += len(hidden)
+            return original(hidden, *args)
+
+        monkeypatch.setattr(trl_head._ChunkedLogProbFunction, "apply", apply)
+
+    def _backbone(self, _module, args, kwargs, _output):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        tokens = int(ids.numel() if mask is None else mask.sum())
+        if torch.is_grad_enabled():
+            self.trained += tokens
+        else:
+            self.forwards += 1
+            self.scored += tokens
+
+
+@pytest.mark.parametrize("options", [{}, PADDING_FREE, PACKED, {"token_pruning": "drop"}], ids=str)
+def test_the_work_is_one_forward_over_the_pool_and_training_on_the_survivors(
+    tmp_path, tokenizer, prompt_completion, monkeypatch, options
+):
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="25x50", max_steps=1, **options)
+    work, seen = Work(trainer, monkeypatch), Recorder().attach(trainer)
+    trainer.train()
+    rows = [row for batch in trainer.get_train_dataloader() for row in batch.examples]
+    drawn = rows[:16]  # 4 micro-batches of 4 rows; the loader's order is that of the run
+    if "packing" not in options:
+        assert work.scored == sum(len(row["input_ids"]) for row in drawn)
+        assert trainer.summary()["scored"] == 16
+    survivors = seen.batches[0]
+    if "attention_mask" in survivors[0]:
+        assert work.trained == sum(int(batch["attention_mask"].sum()) for batch in survivors)
+    else:
+        assert work.trained == sum(batch["input_ids"].numel() for batch in survivors)
+    tokens = trainer.summary()["answer_tokens"]
+    # Labelled positions alone, and no forward for the tokens of stage 2.
+    assert work.head_rows == tokens["candidates"] + tokens["kept"]
+
+
+def test_the_lean_head_is_trls_in_values_and_gradients():
+    ids = torch.randint(4, 45, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :9] = -100
+    labels[2] = -100
+    results = []
+    for lean in (False, True):
+        model = tiny_llama()
+        trl_head.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        if lean:
+            with lean_lm_head(torch.device("cpu")):
+                output = model(ids, labels=labels, fused_lm_head=True)
+                output.log_probs.sum().backward()
+        else:
+            output = model(ids, labels=labels, fused_lm_head=True)
+            output.log_probs.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((output.log_probs, output.entropy, output.label_mask, gradients))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_lean_head_leaves_trls_as_it_was():
+    before = trl_head._use_triton, trl_head._CHUNKED_LOGPROB_CHUNK_SIZE
+    with pytest.raises(RuntimeError), lean_lm_head(torch.device("cpu")):
+        raise RuntimeError
+    assert (trl_head._use_triton, trl_head._CHUNKED_LOGPROB_CHUNK_SIZE) == before
+    with lean_lm_head(torch.device("cuda")):
+        assert trl_head._use_triton is before[0]
+
+
+# Survivors
+
+
+@pytest.mark.parametrize("scope", ["process", "micro_batch"])
+def test_small_micro_batches_give_the_same_gradient(tmp_path, tokenizer, prompt_completion, scope):
+    runs = []
+    for plan in ("full", "small"):
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="50x50", max_steps=1,
+            selection_scope=scope, micro_batches=plan,
+        )  # fmt: skip
+        seen = Recorder().attach(trainer)
+        trainer.train()
+        runs.append((trainer, seen))
+    (full, seen_full), (small, seen_small) = runs
+    assert [len(batch["labels"]) for batch in seen_full.batches[0]] == [4, 4]
+    assert [len(batch["labels"]) for batch in seen_small.batches[0]] == [2, 2, 2, 2]
+    for name, expected in seen_full.gradients[0].items():
+        torch.testing.assert_close(seen_small.gradients[0][name], expected, rtol=1e-5, atol=2e-6, msg=name)
+    assert losses(small)[0] == pytest.approx(losses(full)[0], rel=1e-5)
+
+
+def test_survivors_without_checkpointing_give_the_same_gradient(tmp_path, tokenizer, prompt_completion):
+    runs, forwards = [], []
+    for checkpointing in (True, False):
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="25x50", max_steps=1,
+            gradient_checkpointing=True, per_device_train_batch_size=8, gradient_accumulation_steps=4,
+            survivor_checkpointing=checkpointing,
+        )  # fmt: skip
+        seen, calls = Recorder().attach(trainer), []
+        layers = trainer.model.get_base_model().model.layers
+        layers[0].input_layernorm.register_forward_hook(lambda module, *_, calls=calls: calls.append(module.training))
+        trainer.train()
+        assert all(layer.gradient_checkpointing for layer in layers)
+        runs.append(seen)
+        forwards.append(sum(calls))
+    with_it, without = (seen.batches[0] for seen in runs)
+    assert [len(batch["labels"]) for batch in with_it] == [8]
+    assert [len(batch["labels"]) for batch in without] == [4, 4]  # what fits into the same memory
+    assert forwards == [2, 2]  # one micro-batch computed twice, two computed once
+    for name, expected in runs[0].gradients[0].items():
+        torch.testing.assert_close(runs[1].gradients[0][name], expected, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_activations_without_checkpointing_fit_into_those_with_it():
+    hidden, intermediate, layers, tokens = 576, 1536, 30, 8192
+    inside = 10 * hidden + 4 * intermediate
+    fitting = tokens_without_checkpointing(tokens, hidden, intermediate, layers)
+    assert fitting * layers * inside <= tokens * (layers * hidden + inside) < (fitting + 1) * layers * inside
+    rows = [{"input_ids": np.zeros(n), "labels": np.zeros(n)} for n in (3, 5)]
+    assert (padded_tokens(rows), padded_tokens([])) == (10, 0)
+
+
+def test_checkpointing_is_off_only_where_it_was_on():
+    model = tiny_llama()
+    model.gradient_checkpointing_enable({"every_n_layers": 2})
+    before = [module.gradient_checkpointing for module in model.model.layers]
+    assert any(before)
+    with without_checkpointing(model):
+        assert not any(module.gradient_checkpointing for module in model.model.layers)
+    assert [module.gradient_checkpointing for module in model.model.layers] == before
+
+
+# Amortised scoring
+
+
+def score(tokens: int = 2, step: int = 0, epoch: int = 0) -> Score:
+    return Score(np.zeros(tokens, np.float32), np.zeros(tokens, np.float32), step, epoch)
+
+
+def test_a_score_is_used_until_it_expires():
+    by_epochs, by_steps = ScoreCache(2, None), ScoreCache(None, 10)
+    for cache in (by_epochs, by_steps):
+        cache.add(5, score(step=7, epoch=1))
+    samples, order = [(5, 2)], [0]
+    assert [by_epochs.plan(samples, order, 1, 99, epoch)[0] for epoch in (1, 2, 3)] == [[], [], [0]]
+    assert [by_steps.plan(samples, order, 1, step, 9)[0] for step in (7, 16, 17)] == [[], [], [0]]
+
+
+def test_those_without_a_score_come_first_then_the_oldest():
+    cache = ScoreCache(1, None)
+    for sample_id, step in ((1, 30), (2, 10), (3, 20)):
+        cache.add(sample_id, score(step=step))
+    samples = [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
+    now, used = cache.plan(samples, [4, 3, 2, 1, 0], 3, 40, 1)
+    assert now == [4, 3, 1]
+    assert sorted(used) == [0, 2]  # too old, and used all the same
+    now, used = cache.plan(samples, [0, 1, 2, 3, 4], 1, 40, 1)
+    assert now == [3]
+    assert sorted(used) == [0, 1, 2]  # sample 5 has no score
+
+
+def test_a_score_of_other_tokens_is_none():
+    cache = ScoreCache(9, None)
+    cache.add(1, score(tokens=3))
+    assert cache.plan([(1, 2)], [0], 1, 0, 0) == ([0], {})
+
+
+def test_scores_are_saved_and_loaded(tmp_path):
+    cache = ScoreCache(2, None)
+    assert not cache.load(tmp_path)
+    for values in ([0.5, 1.5], [], [2.5]):
+        array = np.array(values, dtype=np.float32)
+        cache.add(2**62 + len(values), Score(array, array + 1, len(values), 3))
+    cache.save(tmp_path)
+    again = ScoreCache(2, None)
+    assert again.load(tmp_path)
+    assert again.scores.keys() == cache.scores.keys()
+    for key, expected in cache.scores.items():
+        found = again.scores[key]
+        assert (found.step, found.epoch) == (expected.step, expected.epoch)
+        np.testing.assert_array_equal(found.nll, expected.nll)
+        np.testing.assert_array_equal(found.entropy, expected.entropy)
+    ScoreCache(1, None).save(tmp_path)
+    assert again.load(tmp_path)
+    assert again.scores == {}
+
+
+def test_reused_scores_cost_no_forward_and_are_counted(tmp_path, tokenizer, prompt_completion, monkeypatch):
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="25x50", num_train_epochs=3, score_reuse_epochs=2
+    )
+    work = Work(trainer, monkeypatch)
+    per_step = []
+    original = trainer.get_batch_samples
+
+    def get_batch_samples(*args):
+        before = work.forwards
+        result = original(*args)
+        per_step.append(work.forwards - before)
+        return result
+
+    trainer.get_batch_samples = get_batch_samples
+    trainer.train()
+    steps = trainer.state.global_step // 3
+    assert all(per_step[:steps])
+    assert not any(per_step[steps : 2 * steps])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["qtuning/stale_scores"] for entry in logs[: 2 * steps]] == [0, 0, 0, 16, 16, 8]
+    assert [entry["qtuning/kept_samples"] for entry in logs] == [4, 4, 2] * 3
+    # Whole survivors of the second epoch were renewed by their training forward: these have not expired in the third.
+    third = [entry["qtuning/stale_scores"] for entry in logs[2 * steps :]]
+    assert 0 < sum(third) < 40
+    summary = trainer.summary()
+    assert summary["scored"] + summary["stale_scores"] == summary["candidates"] == 120
+    assert summary["stale_scores"] == 40 + sum(third)
+
+
+def test_a_renewed_score_is_that_of_a_scoring_forward(tmp_path, tokenizer, prompt_completion):
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompt_completion, budget="50x50", max_steps=1, score_reuse_steps=100, learning_rate=0.0
+    )
+    trainer.train()
+    cache = trainer._score_cache
+    before = dict(cache.scores)
+    drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
+    documents = [drawn[key] for key in list(before)[:4]]
+    batch = trainer.data_collator([{k: doc[k] for k in ("input_ids", "labels")} for doc in documents])
+    with trainer._renewed_scores(documents):
+        trainer.model(**batch, fused_lm_head=True)
+    for document in documents:
+        key = document["sample_id"]
+        assert cache.scores[key] is not before[key]
+        np.testing.assert_allclose(cache.scores[key].nll, before[key].nll, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(cache.scores[key].entropy, before[key].entropy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"score_reuse_epochs": 2}, {"score_reuse_steps": 4, "scored_share": 0.5}], ids=str)
+def test_a_run_with_cheap_scores_resumes_bit_equal(tmp_path, tokenizer, prompt_completion, options):
+    options = {"budget": "25x50", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, **options}
+    whole = make_trainer(tmp_path, tokenizer, prompt_completion, dropout=0.1, **options)
+    whole.train()
+    assert (tmp_path / "checkpoint-4" / FILE_NAME).is_file()
+    resumed = make_trainer(tmp_path, tokenizer, prompt_completion, dropout=0.1, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    assert resumed.summary()["stale_scores"] == whole.summary()["stale_scores"] > 0
+
+
+# Sub-pool scoring and a proxy
+
+
+def test_a_share_of_the_pool_is_scored_and_as_many_are_kept(tmp_path, tokenizer, monkeypatch):
+    dataset = Dataset.from_list(prompt_completion_rows(37))
+    trainer = make_trainer(
+        tmp_path, tokenizer, dataset, dropout=0.0, budget="25x50", num_train_epochs=1, scored_share=0.5
+    )
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    pools = []
+    original = trainer._prune_pool
+
+    def prune_pool(*args):
+        before = torch.get_rng_state()
+        result = original(*args)
+        assert torch.equal(before, torch.get_rng_state())
+        pools.append(trainer.last_pool)
+        return result
+
+    trainer._prune_pool = prune_pool
+    trainer.train()
+    assert not torch.equal(state, torch.get_rng_state())
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["qtuning/pool_samples"] for entry in logs] == [16, 16, 5]
+    assert [entry["qtuning/scored_samples"] for entry in logs] == [8, 8, 3]
+    assert [entry["qtuning/kept_samples"] for entry in logs] == [4, 4, 1]
+    assert [len(pool["kept"]) for pool in pools] == [8, 8, 3]
+
+
+@pytest.fixture(scope="module")
+def proxies(tmp_path_factory, tokenizer_dir) -> dict[str, str]:
+    """The very model that is trained, and one whose tokenizer is another."""
+    folder = tmp_path_factory.mktemp("proxies")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    for name in ("same", "other"):
+        tiny_llama().save_pretrained(folder / name)
+        if name == "other":
+            tokenizer.add_tokens(["new"])
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("same", "other")}
+
+
+def test_a_proxy_that_is_the_model_itself_selects_the_same(
+    tmp_path, tokenizer, prompt_completion, proxies, monkeypatch
+):
+    runs = []
+    for options in ({}, {"scoring_model": proxies["same"]}):
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="25x50", max_steps=1, **options
+        )
+        work = Work(trainer, monkeypatch)
+        trainer.train()
+        runs.append((trainer.last_pool, work.forwards))
+        monkeypatch.undo()
+    (exact, forwards), (proxy, no_forwards) = runs
+    assert proxy["kept"] == exact["kept"]
+    np.testing.assert_allclose(proxy["perplexity"], exact["perplexity"], rtol=1e-5)
+    assert (forwards > 0, no_forwards) == (True, 0)
+
+
+def test_a_proxy_must_know_the_same_tokens_and_exist(tmp_path, tokenizer, prompt_completion, proxies):
+    with pytest.raises(ValueError, match=r"`scoring_model` is .* another vocabulary than the model that is trained"):
+        make_trainer(tmp_path, tokenizer, prompt_completion, scoring_model=proxies["other"])
+    with pytest.raises(ValueError, match="`scoring_model` is '/nowhere', which cannot be loaded"):
+        make_trainer(tmp_path, tokenizer, prompt_completion, scoring_model="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scored_share": 0.1}, "`scored_share` is 0.1 and `sample_ratio` is 0.125: give a share from `sample_ratio`"),
+        ({"scored_share": 1.5}, "`scored_share` is 1.5"),
+        ({"score_reuse_epochs": 0}, "`score_reuse_epochs` is 0: give a whole number of at least 1"),
+        ({"score_reuse_epochs": 2, "score_reuse_steps": 2}, "`score_reuse_epochs` is 2 and `score_reuse_steps` is 2"),
+        ({"micro_batches": "tiny"}, "`micro_batches` is 'tiny': choose one of 'full', 'small'"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        QTuningSFTConfig(str(tmp_path), **{"use_cpu": COMMON["use_cpu"], "bf16": False, **options})
+
+
+def test_scoring_batches_follow_what_is_trained_at_once(tmp_path, tokenizer, prompt_completion):
+    lengths = [10] * 16
+    full = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50")
+    small = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", micro_batches="small")
+    own = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", scoring_batch_tokens=77)
+    assert full._scoring_batch_tokens(lengths, 40, 4) == 3 * 40  # four survivors, one micro-batch
+    assert small._scoring_batch_tokens(lengths, 40, 4) == 3 * 10
+    assert own._scoring_batch_tokens(lengths, 40, 4) == 77
+    assert math.isclose(full.args.sample_ratio, 0.25)
