@@ -1,10 +1,12 @@
 """
-Seconds per optimizer step and peak memory: plain `SFTTrainer` beside Q-Tuning at three budgets, in one run.
+Seconds per optimizer step and peak memory: plain `SFTTrainer` beside Q-Tuning, in one run.
 
-The arms take turns, each on the same candidates and a fresh copy of the same random model; medians over the rounds.
+The arms take turns, each on the same candidates and a fresh copy of the same random model; medians over the rounds,
+ratios within a round. `ARMS` says what each arm is.
 
     python tests/benchmarks/step_time.py --json step_time.json
     python tests/benchmarks/step_time.py --accumulation 64 --length 64   # a pool of 512
+    python tests/benchmarks/step_time.py --arms full lean "12.5x50" --model smollm2-135m --no-gradient_checkpointing
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -28,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.record import synchronize, versions
+from qtuning_trl.record import PHASES, StepCounts, synchronize, versions
 
 VOCABULARY = 49152
 MODELS = {
@@ -42,7 +45,29 @@ MODELS = {
     },
 }
 KEY_VALUE_HEADS = {"small": 2, "smollm2-135m": 3, "smollm2-1.7b": 32}
-ARMS = ["full", "12.5x50", "25x50", "50x70"]
+ARMS = {
+    "full": "plain SFTTrainer as TRL ships it",
+    "lean": "all candidates, without scoring, by our collation and our labelled-positions head",
+    "bfd": "SFTTrainer with bfd packing, all candidates",
+    "random 12.5": "SFTTrainer on a random eighth of the candidates",
+    "100x100": "QTuningSFTTrainer that keeps everything",
+    "12.5x50": "Q-Tuning",
+    "25x50": "Q-Tuning",
+    "50x70": "Q-Tuning",
+    "12.5x50 mask": "Q-Tuning, pruned tokens masked instead of dropped",
+    "12.5x50 small": "Q-Tuning, micro_batches: small (low peak memory)",
+    "12.5x50 free": "Q-Tuning, survivor_checkpointing: false",
+    "12.5x50 amortised": "Q-Tuning, score_reuse_epochs: 3, mean over three epochs",
+    "12.5x50 half": "Q-Tuning, scored_share: 0.5",
+}
+OPTIONS = {
+    "mask": {"token_pruning": "mask"},
+    "small": {"micro_batches": "small"},
+    "free": {"survivor_checkpointing": False},
+    "amortised": {"score_reuse_epochs": 3},
+    "half": {"scored_share": 0.5},
+}
+DEFAULT_ARMS = ["full", "lean", "12.5x50", "25x50", "50x70"]
 
 
 class PeakMemory(threading.Thread):
@@ -112,6 +137,23 @@ def make_model(name: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+class LeanSFTTrainer(QTuningSFTTrainer):
+    """Trains on every candidate by our collation and head, without scoring, so that only pruning differs."""
+
+    def _prune_pool(self, groups, batch_tokens):
+        return [document for group in groups for document in group], StepCounts(scored=False)
+
+
+def step_seconds(seconds: list[float], epochs: int) -> float:
+    """Seconds of a step, the first left out: their median, or the mean over epochs of the mean of each."""
+    if epochs == 1:
+        return statistics.median(seconds[1:])
+    steps = len(seconds) // epochs
+    return statistics.mean(
+        statistics.mean(seconds[max(1, start) : start + steps]) for start in range(0, len(seconds), steps)
+    )
+
+
 def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str) -> dict[str, float]:
     """Train `options.steps + 1` optimizer steps; the first is warm-up and counts for the peak alone."""
     on_gpu = torch.cuda.is_available() and not options.cpu
@@ -130,13 +172,28 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    if arm == "full":
-        trainer_class, args = SFTTrainer, SFTConfig(**common)
+    budget, _, variant = arm.partition(" ")
+    epochs = 3 if variant == "amortised" else 1
+    if epochs > 1:
+        common |= {"max_steps": -1, "num_train_epochs": epochs}
+    if arm in ("full", "bfd", "random 12.5"):
+        trainer_class, config_class, own = SFTTrainer, SFTConfig, {}
+        if arm == "bfd":
+            # A packed row holds as many tokens as a micro-batch of the others, padding left out.
+            own = {"packing": True, "max_length": options.batch * options.length * 3 // 4, "dataset_kwargs": None}
+            own["per_device_train_batch_size"] = 1
+        elif arm == "random 12.5":
+            kept = max(1, options.batch * options.accumulation // 8)
+            own = {"per_device_train_batch_size": min(kept, options.batch)}
+            own["gradient_accumulation_steps"] = -(-kept // options.batch)
+            dataset = dataset.shuffle(seed=0).select(range(kept * (options.steps + 1)))
     else:
-        trainer_class, args = (
-            QTuningSFTTrainer,
-            QTuningSFTConfig(**common, budget=arm, token_pruning=options.token_pruning),
-        )
+        trainer_class, config_class = QTuningSFTTrainer, QTuningSFTConfig
+        own = {"token_pruning": options.token_pruning, **OPTIONS.get(variant, {})}
+        own["budget"] = "50x50" if arm == "lean" else budget
+        if arm == "lean":
+            trainer_class = LeanSFTTrainer
+    args = config_class(**{**common, **own})
     clock = StepClock()
     trainer = trainer_class(
         make_model(options.model),
@@ -153,7 +210,7 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
     else:
         memory.start()
     phases: list[dict[str, float]] = []
-    if arm != "full":
+    if isinstance(trainer, QTuningSFTTrainer):
         before: dict[str, float] = {}
 
         class Phases(TrainerCallback):
@@ -165,9 +222,9 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
         trainer.add_callback(Phases())
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if memory is None else memory.stop()
-    row = {"step": statistics.median(clock.seconds[1:]), "peak_bytes": float(peak)}
-    for name in ("scoring", "selection", "collation", "training"):
-        row[name] = statistics.median(part[name] for part in phases[1:]) if phases else 0.0
+    row = {"step": step_seconds(clock.seconds, epochs), "peak_bytes": float(peak)}
+    for name in PHASES:
+        row[name] = step_seconds([part[name] for part in phases], epochs) if phases else 0.0
     gc.collect()
     return row
 
@@ -179,6 +236,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of an optimizer step")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row; the shortest has half")
     parser.add_argument("--steps", type=int, default=1, help="timed steps an arm and round, after one to warm up")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=DEFAULT_ARMS, metavar="ARM", help=", ".join(ARMS)
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns each arm takes")
     parser.add_argument("--token_pruning", choices=["mask", "drop"], default="drop")
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
@@ -188,35 +248,54 @@ def main() -> None:
     disable_progress_bars()
 
     dataset = make_dataset(options.batch * options.accumulation * (options.steps + 1), options.length)
-    rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
     with tempfile.TemporaryDirectory() as output:
         for _ in range(options.rounds):
-            for arm in ARMS:
+            for arm in options.arms:
                 rounds[arm].append(run_arm(arm, options, dataset, output))
+                print(f"{arm}: {rounds[arm][-1]['step']:.3f} s", file=sys.stderr, flush=True)
 
     rows = []
     for arm, taken in rounds.items():
         row = {name: statistics.median(one[name] for one in taken) for name in taken[0]}
         # Ratios within a round, since the machine's speed drifts from one round to the next.
-        ratios = [full["step"] / one["step"] for full, one in zip(rounds["full"], taken, strict=True)]
-        overhead = statistics.median((one["selection"] + one["collation"]) / one["step"] for one in taken)
-        rows.append({"arm": arm, **row, "speed_up": statistics.median(ratios), "arithmetic_share": overhead})
+        for base in ("full", "lean"):
+            if base in rounds:
+                ratios = [other["step"] / one["step"] for other, one in zip(rounds[base], taken, strict=True)]
+                row[f"against_{base}"] = statistics.median(ratios)
+                row[f"against_{base}_range"] = [min(ratios), max(ratios)]
+        row["arithmetic_share"] = statistics.median(
+            (one["selection"] + one["collation"]) / one["step"] for one in taken
+        )
+        rows.append({"arm": arm, **row})
 
     on_gpu = torch.cuda.is_available() and not options.cpu
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    table = Table(title=f"{options.model}, pool of {options.batch * options.accumulation}, {device}")
-    headings = ["arm", "s/step", "speed-up", "scoring", "selection", "collation", "training", "sel.+coll.", "peak GiB"]
+    checkpointing = "with" if options.gradient_checkpointing else "without"
+    pool = options.batch * options.accumulation
+    table = Table(title=f"{options.model}, pool of {pool}, {checkpointing} gradient checkpointing, {device}")
+    headings = [
+        "arm",
+        "s/step",
+        "x full",
+        "x lean",
+        "scoring",
+        "selection",
+        "collation",
+        "training",
+        "sel.+coll.",
+        "peak GiB",
+    ]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in rows:
-        seconds = [f"{row[name]:.4f}" for name in ("scoring", "selection", "collation", "training")]
-        if row["arm"] == "full":
-            seconds = ["-"] * 4
+        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("against_full", "against_lean")]
+        phases = [f"{row[name]:.4f}" if row["training"] else "-" for name in PHASES]
         table.add_row(
-            row["arm"], f"{row['step']:.3f}", f"{row['speed_up']:.2f}x", *seconds,
+            row["arm"], f"{row['step']:.3f}", *ratios, *phases,
             f"{row['arithmetic_share']:.2%}", f"{row['peak_bytes'] / 2**30:.2f}",
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     if options.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         facts = {"device": device, "versions": versions(), "settings": settings, "rows": rows}
