@@ -339,7 +339,7 @@ class QTuningSFTTrainer(SFTTrainer):
                 if self.args.group_column is not None:
                     step.add_groups([document["group"] for document in drawn], "candidates")
                     step.add_groups([document["group"] for document in kept], "kept")
-                self._remember_pool(perplexity, entropy, selection, [document.get("group") for document in group])
+                self._remember_pool(group, perplexity, entropy, selection)
         return survivors, step
 
     def _score(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[list[Document]], int, TokenValues]:
@@ -528,16 +528,17 @@ class QTuningSFTTrainer(SFTTrainer):
     # Records
 
     def _remember_pool(
-        self, perplexity: Tensor, entropy: Tensor, selection: SampleSelection, labels: list[Any]
+        self, group: list[Document], perplexity: Tensor, entropy: Tensor, selection: SampleSelection
     ) -> None:
-        """Append a group of candidates to `last_pool`; its thresholds are those of the latest group."""
+        """Append a group of scored candidates to `last_pool`; its thresholds are those of the latest group."""
         columns = {
+            "sample_id": [document[SAMPLE_ID] for document in group],
             "perplexity": perplexity.tolist(),
             "entropy": entropy.tolist(),
             "quadrant": selection.quadrant.tolist(),
             "kept": selection.keep.tolist(),
             "filled": selection.filled.tolist(),
-            "group": labels,
+            "group": [document.get("group") for document in group],
         }
         before = self.last_pool or {name: [] for name in columns}
         self.last_pool = {name: before[name] + column for name, column in columns.items()}

@@ -449,8 +449,9 @@ def test_metrics_are_logged_under_qtuning(tmp_path, tokenizer, prompt_completion
     entry = trainer.state.log_history[0]
     expected = {
         "pool_samples", "kept_samples", "pool_answer_tokens", "kept_answer_tokens", "q1", "q2", "q3", "q4", "between",
-        "filled", "trimmed", "unscorable_samples", "perplexity_low", "perplexity_high", "entropy_low", "entropy_high",
-        "pool_nll", "pool_entropy", "seconds_selecting", "seconds_training",
+        "filled", "trimmed", "unscorable_samples", "scored_samples", "stale_scores",
+        "perplexity_low", "perplexity_high", "entropy_low", "entropy_high", "pool_nll", "pool_entropy",
+        "seconds_selecting", "seconds_training",
     }  # fmt: skip
     assert {key.removeprefix("qtuning/") for key in entry if key.startswith("qtuning/")} == expected
     assert entry["qtuning/pool_samples"] == pytest.approx((16 + 16 + 8) / 3)

@@ -5,7 +5,7 @@ Make the demo's base model: a tiny Llama that has seen much careless homework.
 python -m qtuning_trl.demo.make_base_model --output qtuning_trl/demo/base_model
 ```
 
-It takes about three minutes on two cores. What the model is trained on, besides nothing:
+It takes three to five minutes on two cores. What the model is trained on, besides nothing:
 
 - 70%: three-digit sums, worked in the demo's notation, in which each carry is forgotten with a probability of 85%.
   So the model knows the notation and has seen carrying, but it mostly does not carry, and most of its sums are wrong.
@@ -50,14 +50,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int) -> LlamaForCausalLM:
-    """An untrained Llama of half a million parameters."""
+def make_model(vocab_size: int, num_layers: int = 3) -> LlamaForCausalLM:
+    """An untrained Llama; with three layers, of half a million parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=3,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=128,
@@ -113,13 +113,14 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's base model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer))
+    model = make_model(len(tokenizer), args.layers)
     train(model, tokenizer, args.steps, args.batch_size, args.seed)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
