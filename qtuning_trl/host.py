@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .config import QTuningSFTConfig
 
-# Tokens x vocabulary of one tile of the LM head off Triton: 4 MiB in float32, which a core's cache holds. TRL's own
-# tiles take 512 MiB; in a trial (SmolLM2-135M's head, one core) these took half its time at the same positions.
-HEAD_TILE = (256, 4096)
+# Tokens x vocabulary of one tile of the LM head off Triton: 1 MiB in float32, which a core's cache holds. TRL's own
+# tiles take 512 MiB; in a trial (SmolLM2-135M's head, one core) small ones took two thirds of their time.
+HEAD_TILE = (256, 1024)
 
 
 @contextmanager
