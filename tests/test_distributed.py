@@ -86,3 +86,11 @@ def test_keeping_everything_is_plain_sft_bit_for_bit(runs):
 
 def test_a_resumed_run_ends_bit_equal(runs):
     assert [json.loads((runs / f"resume_{rank}.json").read_text()) for rank in (0, 1)] == [True, True]
+
+
+def test_reused_scores_are_known_to_both_processes_and_survive_a_resume(runs):
+    first, second = (json.loads((runs / f"reuse_{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["known"] == list(range(40))  # each process drew about half of them
+    assert first["stale"] == 40  # the whole second epoch
+    assert first["equal"]

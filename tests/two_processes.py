@@ -58,6 +58,18 @@ def resume(output: Path, tokenizer, dataset) -> None:
     (output / f"resume_{trainer.args.process_index}.json").write_text(json.dumps(equal))
 
 
+def reuse_scores(output: Path, tokenizer, dataset) -> None:
+    options = {"budget": "50x50", "score_reuse_epochs": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    weights, facts = [], {}
+    for path in (None, str(output / "reuse" / "checkpoint-2")):
+        trainer = make_trainer(output / "reuse", tokenizer, dataset, dropout=0.0, **options)
+        trainer.train(resume_from_checkpoint=path)
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+        facts = {"known": sorted(trainer._score_cache.scores), "stale": trainer.summary()["stale_scores"]}
+    facts["equal"] = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    (output / f"reuse_{trainer.args.process_index}.json").write_text(json.dumps(facts))
+
+
 def main() -> None:
     output, tokenizer_dir = Path(sys.argv[1]), sys.argv[2]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
@@ -66,6 +78,7 @@ def main() -> None:
         run(name, options, output, tokenizer, dataset)
     keep_everything(output, tokenizer, dataset)
     resume(output, tokenizer, dataset)
+    reuse_scores(output, tokenizer, dataset)
 
 
 if __name__ == "__main__":
