@@ -31,12 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
+    subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
     argv = list(sys.argv[1:] if argv is None else argv)
     # The command's own options are its own parser's business; building that one takes seconds.
     arguments = parser.parse_args(argv[:1])
     if arguments.command is None:
         parser.print_help()
         return 0
+    if arguments.command == "compare":
+        argv = take_traceback_flag(argv)
+        with exit_on_error(BAD_INPUT):
+            from .scripts import compare
+
+            return compare.main(argv[1:])
     return sft(argv[1:])
 
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..plots import plot_eu_plane
 from ..record import SUMMARY_NAME, THRESHOLDS
-from .arithmetic import KINDS, final_answer, right_answer
+from .arithmetic import KINDS, final_answer, load_demo_dataset, right_answer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +66,12 @@ def accuracy(
         )
     model.train(was_training)
     return right / len(prompts)
+
+
+def held_out_accuracy(trainer: "QTuningSFTTrainer") -> float:
+    """Accuracy of a trainer's model on the demo's held-out problems; `accuracy` of a comparison can name it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return accuracy(model, trainer.processing_class, load_demo_dataset()["test"])
 
 
 class PoolCollector(TrainerCallback):

@@ -124,9 +124,10 @@ def build_trainer(
     training_args: QTuningSFTConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    with_eval: bool = False,
 ) -> "QTuningSFTTrainer":
     """
-    The trainer that the options describe, with its model and data loaded.
+    The trainer that the options describe, with its model and data loaded; `with_eval` loads the test split anyway.
 
     Raises:
         `ValueError`: If something that is named cannot be used.
@@ -157,7 +158,7 @@ def build_trainer(
         splits = load_data(script_args, dataset_args)
         train_dataset = _mapped(splits, script_args.dataset_train_split, "train", script_args, training_args)
         eval_dataset = None
-        if training_args.eval_strategy != "no":
+        if with_eval or training_args.eval_strategy != "no":
             eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
     return QTuningSFTTrainer(
         model=model,

@@ -10,6 +10,7 @@ ratios within a round. `ARMS` says what each arm is.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -156,6 +157,9 @@ def step_seconds(seconds: list[float], epochs: int) -> float:
 
 def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str) -> dict[str, float]:
     """Train `options.steps + 1` optimizer steps; the first is warm-up and counts for the peak alone."""
+    gc.collect()
+    if platform.system() == "Linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that the next arm's memory is not what the last one left behind
     on_gpu = torch.cuda.is_available() and not options.cpu
     common = {
         "output_dir": output,
@@ -225,7 +229,6 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
     row = {"step": step_seconds(clock.seconds, epochs), "peak_bytes": float(peak)}
     for name in PHASES:
         row[name] = step_seconds([part[name] for part in phases], epochs) if phases else 0.0
-    gc.collect()
     return row
 
 

@@ -1,0 +1,288 @@
+"""Comparisons: a grid of pruners x budgets x seeds over one recipe, its results, and their statistics."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy import stats
+
+RESULT_NAME = "result.json"
+FAILURE_NAME = "failure.txt"
+RECIPE_NAME = "run.yaml"
+ZERO_SHOT, FULL_DATA = "zero-shot", "full data"
+FULL_BUDGET = "100x100"
+# Figures of a run, and whether they are shown in per cent.
+METRICS = {"accuracy": "accuracy", "eval_loss": "held-out loss (nats)"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training run of the grid.
+
+    Args:
+        pruner (`str`): The row it belongs to, with its budget.
+        budget (`str`): Samples x tokens to keep, in per cent.
+        seed (`int`): Seed of the run.
+        options (`dict`): What it changes in the recipe.
+    """
+
+    pruner: str
+    budget: str
+    seed: int
+    options: dict[str, Any] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        text = f"{self.pruner} {self.budget} seed {self.seed}"
+        return "".join(character if character.isalnum() or character == "." else "-" for character in text)
+
+    @property
+    def cost(self) -> float:
+        """Estimated time in runs on the full data: scoring is a third of a step (docs/benchmarks.md)."""
+        if self.pruner == ZERO_SHOT:
+            return 0.0
+        if self.pruner == FULL_DATA:
+            return 1.0
+        return 1 / 3 + float(self.budget.split("x")[0]) / 100
+
+
+@dataclass
+class Comparison:
+    """
+    What `compare.yaml` says.
+
+    Args:
+        recipe (`str`): Recipe that every run starts from; relative to the file.
+        pruners (`list`): Rows to compare: a name such as `q_tuning`, `random + random` (sample pruner + token pruner),
+            or a mapping with a `name` and options of `qtuning sft`.
+        budgets (`list[str]`): Samples x tokens to keep, in per cent.
+        seeds (`list[int]`): At least two, for an interval.
+        output_dir (`str`): Where the runs and the table go.
+        options (`dict`): Options of `qtuning sft` for every run.
+        accuracy (`str`, *optional*): `module:function`, called with the trainer, that returns the share of right
+            answers on held-out tasks.
+    """
+
+    recipe: str
+    pruners: list[Any]
+    budgets: list[str]
+    seeds: list[int]
+    output_dir: str
+    options: dict[str, Any] = field(default_factory=dict)
+    accuracy: str | None = None
+
+    def runs(self) -> list[Run]:
+        """Every run of the grid, seed by seed, so that an early look sees all rows; the two references come first."""
+        rows: list[tuple[str, str, dict[str, Any]]] = [
+            (ZERO_SHOT, FULL_BUDGET, {"budget": FULL_BUDGET}),
+            (FULL_DATA, FULL_BUDGET, {"budget": FULL_BUDGET}),
+        ]
+        for pruner in self.pruners:
+            name, options = pruner_options(pruner)
+            rows += [(name, budget, {**options, "budget": budget}) for budget in self.budgets]
+        return [Run(name, budget, seed, options) for seed in self.seeds for name, budget, options in rows]
+
+
+def load_comparison(path: str | Path) -> Comparison:
+    """
+    Read `compare.yaml`.
+
+    Raises:
+        `ValueError`: If it cannot be read, lacks a key or has an unknown one; in one sentence.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"`--config` is '{path}': give the path of a comparison ({error.strerror}).") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config` is '{path}': no YAML file ({' '.join(str(error).split())}).") from None
+    fields = Comparison.__dataclass_fields__
+    if not isinstance(content, dict):
+        raise ValueError(f"`--config` is '{path}': give a YAML file with the keys {', '.join(fields)}.")
+    unknown = sorted(set(content) - set(fields))
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` in {path} is no key of a comparison: use {', '.join(fields)}.")
+    missing = [name for name in ("recipe", "pruners", "budgets", "seeds", "output_dir") if not content.get(name)]
+    if missing:
+        raise ValueError(f"`{missing[0]}` is missing in {path}: give it a value.")
+    comparison = Comparison(**content)
+    if not Path(comparison.recipe).exists():
+        comparison.recipe = str(path.parent / comparison.recipe)
+    if not Path(comparison.recipe).is_file():
+        raise ValueError(f"`recipe` in {path} is {content['recipe']!r}: no such file; give the path of a recipe.")
+    if len(set(comparison.seeds)) != len(comparison.seeds):
+        raise ValueError(f"`seeds` in {path} is {comparison.seeds}: give each seed once.")
+    names = [run.name for run in comparison.runs()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`pruners` in {path} has two rows for {twice[0]!r}: give one of them another `name`.")
+    return comparison
+
+
+def pruner_options(pruner: Any) -> tuple[str, dict[str, Any]]:
+    """
+    Name and options of an entry of `pruners`.
+
+    Raises:
+        `ValueError`: If it is neither a name nor a mapping with one.
+    """
+    if isinstance(pruner, str):
+        sample, _, token = (part.strip() for part in pruner.partition("+"))
+        return pruner, {"sample_pruner": sample, "token_pruner": token or "q_tuning"}
+    if isinstance(pruner, dict) and isinstance(pruner.get("name"), str):
+        return pruner["name"], {name: value for name, value in pruner.items() if name != "name"}
+    raise ValueError(
+        f"`pruners` has the entry {pruner!r}: give a name such as 'random + random', or a mapping with a `name` and "
+        "options."
+    )
+
+
+# Results
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result of a run whole or not at all, so that a killed run is repeated."""
+    temporary = folder / f".{RESULT_NAME}"
+    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / RESULT_NAME)
+
+
+def read_results(folder: Path, runs: Iterable[Run]) -> dict[Run, dict[str, Any]]:
+    """Results of the finished runs; of a failed one `{"failure": why}`."""
+    found: dict[Run, dict[str, Any]] = {}
+    for run in runs:
+        if (folder / run.name / RESULT_NAME).is_file():
+            found[run] = json.loads((folder / run.name / RESULT_NAME).read_text(encoding="utf-8"))
+        elif (folder / run.name / FAILURE_NAME).is_file():
+            found[run] = {"failure": (folder / run.name / FAILURE_NAME).read_text(encoding="utf-8").strip()}
+    return found
+
+
+@dataclass
+class Estimate:
+    """Mean over seeds and half the width of its 95% interval (Student's t); no interval from a single seed."""
+
+    mean: float
+    half_width: float | None
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Estimate":
+        mean = statistics.mean(values)
+        if len(values) < 2:
+            return cls(mean, None, values)
+        error = stats.sem(values)
+        return cls(mean, float(stats.t.ppf(0.975, len(values) - 1) * error), values)
+
+
+def paired_p_value(values: dict[int, float], reference: dict[int, float]) -> float | None:
+    """p of the paired t test over the seeds that both have; `None` for fewer than two, or if no pair differs."""
+    seeds = sorted(set(values) & set(reference))
+    pairs = [(values[seed], reference[seed]) for seed in seeds]
+    if len(pairs) < 2 or all(a == b for a, b in pairs):
+        return None
+    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    One row a pruner and budget, in the order of the grid.
+
+    Returns:
+        `list[dict]`: `pruner`, `budget`, `seeds` (finished), `failures`; for each metric that was measured an
+        [`Estimate`] and the p value of the paired test against full data; medians of `kept_samples`, `kept_tokens`
+        (shares), `seconds`, `seconds_selecting`, `peak_bytes`.
+    """
+    rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for run, result in results.items():
+        rows.setdefault((run.pruner, run.budget), {})[run.seed] = result
+    full = rows.get((FULL_DATA, FULL_BUDGET), {})
+    table = []
+    for (pruner, budget), by_seed in rows.items():
+        done = {seed: result for seed, result in by_seed.items() if "failure" not in result}
+        failures = [f"seed {seed}: {result['failure']}" for seed, result in by_seed.items() if "failure" in result]
+        row: dict[str, Any] = {"pruner": pruner, "budget": budget, "seeds": sorted(done), "failures": failures}
+        for metric in METRICS:
+            values = {seed: result[metric] for seed, result in done.items() if result.get(metric) is not None}
+            if not values:
+                continue
+            row[metric] = Estimate.of(list(values.values()))
+            if pruner != FULL_DATA:
+                reference = {seed: r[metric] for seed, r in full.items() if r.get(metric) is not None}
+                row[f"{metric}_p"] = paired_p_value(values, reference)
+        for name in ("kept_samples", "kept_tokens", "seconds", "seconds_selecting", "peak_bytes"):
+            figures = [result[name] for result in done.values() if result.get(name) is not None]
+            row[name] = statistics.median(figures) if figures else None
+        table.append(row)
+    return table
+
+
+# Tables
+
+
+def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table that is shown and written."""
+    metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
+    headings = ["pruner", "budget", "seeds"]
+    for metric in metrics:
+        headings += [METRICS[metric], "p against full"]
+    headings += ["samples", "tokens", "seconds", "selecting", "peak MiB"]
+    cells = []
+    for row in rows:
+        line = [row["pruner"], "-" if row["pruner"] == ZERO_SHOT else row["budget"], str(len(row["seeds"]))]
+        for metric in metrics:
+            line += [
+                _estimate(row.get(metric), percent=metric == "accuracy"),
+                _number(row.get(f"{metric}_p"), "{:.3f}"),
+            ]
+        for name, form in (
+            ("kept_samples", "{:.1%}"),
+            ("kept_tokens", "{:.1%}"),
+            ("seconds", "{:.1f}"),
+            ("seconds_selecting", "{:.1f}"),
+        ):
+            line.append(_number(row[name], form))
+        line.append(_number(None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20, "{:.0f}"))
+        cells.append(line)
+    return headings, cells
+
+
+def _estimate(estimate: Estimate | None, percent: bool) -> str:
+    if estimate is None:
+        return "-"
+    form = "{:.1%}" if percent else "{:.4f}"
+    text = form.format(estimate.mean)
+    return text if estimate.half_width is None else f"{text} ± {form.format(estimate.half_width)}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def markdown(rows: list[dict[str, Any]], title: str) -> str:
+    """The table as Markdown, with what failed below it."""
+    headings, cells = table_cells(rows)
+    lines = [f"## {title}", "", f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    lines += [f"| {' | '.join(line)} |" for line in cells]
+    lines += [
+        "",
+        "Mean ± half of the 95% interval over seeds; p of a paired t test against full data on the same seeds.",
+    ]
+    failures = [f"- {row['pruner']} {row['budget']}, {failure}" for row in rows for failure in row["failures"]]
+    if failures:
+        lines += ["", "Failed:", "", *failures]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with plain numbers."""
+    return [
+        {name: vars(value) if isinstance(value, Estimate) else value for name, value in row.items()} for row in rows
+    ]

@@ -1,0 +1,204 @@
+"""
+Compare pruners with each other and with full data: one table from a grid of runs over one recipe.
+
+```bash
+qtuning compare --config compare.yaml --dry-run
+qtuning compare --config compare.yaml
+```
+
+Each run is a process of its own in a folder of its own, with a recipe (`run.yaml`) that `qtuning sft` can repeat.
+Started again, a comparison goes on with the runs that have no result yet.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..cli import EPILOG
+from ..compare import (
+    FAILURE_NAME,
+    RECIPE_NAME,
+    RESULT_NAME,
+    ZERO_SHOT,
+    Comparison,
+    Run,
+    load_comparison,
+    markdown,
+    read_results,
+    summarize,
+    table_cells,
+    to_json,
+    write_result,
+)
+
+MODULE = "qtuning_trl.scripts.compare"
+TABLE_NAME = "comparison"
+
+
+def main(argv: Sequence[str]) -> int:
+    """
+    `qtuning compare`.
+
+    Returns:
+        `int`: 0, or 1 if a run failed.
+
+    Raises:
+        `ValueError`: If the comparison, or the options of one of its runs, cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="qtuning compare", description=(__doc__ or "").strip().split("\n")[0], epilog=EPILOG
+    )
+    parser.add_argument("--config", required=True, help="the comparison: a YAML file")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the runs and their estimated cost")
+    parser.add_argument("--retry", action="store_true", help="repeat runs that failed")
+    arguments = parser.parse_args(argv)
+    comparison = load_comparison(arguments.config)
+    folder = Path(comparison.output_dir)
+    runs = comparison.runs()
+    for run in runs:
+        _write_recipe(folder / run.name, comparison, run, dry=arguments.dry_run)
+    if arguments.dry_run:
+        _print_plan(folder, runs)
+        return 0
+    _check_options(folder, runs)
+    for number, run in enumerate(runs, 1):
+        _run(folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
+    rows = summarize(read_results(folder, runs))
+    _print_table(rows, comparison.recipe)
+    (folder / f"{TABLE_NAME}.md").write_text(markdown(rows, Path(comparison.recipe).stem), encoding="utf-8")
+    (folder / f"{TABLE_NAME}.json").write_text(json.dumps(to_json(rows), indent=2) + "\n", encoding="utf-8")
+    print(f"Written to {folder / TABLE_NAME}.md and .json")
+    return 1 if any(row["failures"] for row in rows) else 0
+
+
+def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
+    recipe = {
+        "base": str(Path(comparison.recipe).resolve()),
+        **comparison.options,
+        **run.options,
+        "seed": run.seed,
+        "output_dir": str(folder / "model"),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    path = folder / RECIPE_NAME
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    if path.is_file() and path.read_text(encoding="utf-8") != text and (folder / RESULT_NAME).is_file():
+        raise ValueError(
+            f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options: give another "
+            "`output_dir`, or remove that folder."
+        )
+    if not dry:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _check_options(folder: Path, runs: list[Run]) -> None:
+    """Parse every run's recipe before the first one starts."""
+    from .sft import parse
+
+    for run in runs:
+        parse(["--config", str(folder / run.name / RECIPE_NAME)], prog="qtuning compare")
+
+
+def _print_plan(folder: Path, runs: list[Run]) -> None:
+    results = read_results(folder, runs)
+    seconds = [results[run]["seconds"] / run.cost for run in results if run.cost and "seconds" in results[run]]
+    table = Table(title=f"{len(runs)} runs, {len(results)} finished")
+    for heading in ("run", "estimated cost", "state"):
+        table.add_column(heading)
+    for run in runs:
+        state = "failed" if "failure" in results.get(run, {}) else "finished" if run in results else "to do"
+        table.add_row(f"{run.pruner} {run.budget} seed {run.seed}", f"{run.cost:.2f}", state)
+    Console().print(table)
+    left = sum(run.cost for run in runs if run not in results)
+    text = f"To do: as much as {left:.1f} runs on the full data"
+    if seconds:
+        text += f", about {left * sum(seconds) / len(seconds) / 60:.0f} minutes by the runs that are finished"
+    print(text + ".")
+
+
+def _run(folder: Path, run: Run, comparison: Comparison, place: str, retry: bool) -> None:
+    failure = folder / FAILURE_NAME
+    if (folder / RESULT_NAME).is_file() or (failure.is_file() and not retry):
+        return
+    failure.unlink(missing_ok=True)
+    print(f"[{place}] {run.pruner} {run.budget} seed {run.seed}", flush=True)
+    command = [sys.executable, "-m", MODULE, str(folder), run.pruner, comparison.accuracy or ""]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TQDM_DISABLE": "1"})
+    if done.returncode < 0:
+        # Killed from outside, as by Ctrl-C or for want of memory: no verdict on the run, which is repeated next time.
+        print(f"  ended by signal {-done.returncode}; see {folder / 'log.txt'}")
+    elif done.returncode:
+        lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+        reason = next((line for line in reversed(lines) if "error:" in line.lower()), lines[-1] if lines else "")
+        failure.write_text(reason + "\n", encoding="utf-8")
+        print(f"  failed: {reason}")
+
+
+def _print_table(rows: list[dict[str, Any]], recipe: str) -> None:
+    headings, cells = table_cells(rows)
+    table = Table(title=Path(recipe).stem)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "pruner" else "right")
+    for line in cells:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        for failure in row["failures"]:
+            console.print(f"{row['pruner']} {row['budget']}, {failure}", markup=False)
+
+
+def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[str, Any]:
+    """
+    What the process of one run does: train by its recipe (not for zero-shot), and measure.
+
+    Returns:
+        `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `kept_samples` and `kept_tokens`
+        (shares of the candidates), `seconds`, `seconds_selecting`, `peak_bytes`, `steps`, `versions`.
+    """
+    from .sft import build_trainer, parse
+
+    script_args, training_args, model_args, dataset_args = parse(["--config", str(folder / RECIPE_NAME)]).dataclasses
+    trainer = build_trainer(script_args, training_args, model_args, dataset_args, with_eval=True)
+    seconds = 0.0
+    if pruner != ZERO_SHOT:
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    summary = trainer.summary()
+    result = {
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "seconds": seconds,
+        "seconds_selecting": sum(summary["seconds"][phase] for phase in ("scoring", "selection", "collation")),
+        "kept_samples": summary["sample_ratio_reached"],
+        "kept_tokens": summary["answer_tokens"]["ratio_reached"],
+        "peak_bytes": summary["peak_memory"]["bytes"],
+        "steps": summary["steps"],
+        "versions": summary["versions"],
+    }
+    if accuracy:
+        module, _, function = accuracy.partition(":")
+        result["accuracy"] = getattr(importlib.import_module(module), function)(trainer)
+    return result
+
+
+if __name__ == "__main__":
+    from ..cli import FAILED_RUN, exit_on_error
+
+    with exit_on_error(FAILED_RUN):
+        run_folder = Path(sys.argv[1])
+        write_result(run_folder, train_and_measure(run_folder, sys.argv[2], sys.argv[3] or None))

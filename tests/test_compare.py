@@ -1,0 +1,190 @@
+"""`qtuning compare`: the grid, its statistics on runs with a known answer, and stopping, resuming and failing runs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import prompt_completion_rows
+
+from qtuning_trl import cli
+from qtuning_trl.compare import (
+    FULL_DATA,
+    RESULT_NAME,
+    ZERO_SHOT,
+    Comparison,
+    Estimate,
+    Run,
+    load_comparison,
+    markdown,
+    paired_p_value,
+    pruner_options,
+    summarize,
+)
+
+
+@pytest.fixture
+def config(tmp_path, model_dir):
+    """Writes a comparison that runs, with changes; returns its path."""
+    for name, rows in (("train", 24), ("test", 8)):
+        lines = (json.dumps(row) for row in prompt_completion_rows(rows, seed=len(name)))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    recipe = {
+        "model_name_or_path": model_dir,
+        "dataset_name": str(tmp_path / "train.jsonl"),
+        "test_split_size": 0.25,
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def write(**changes) -> str:
+        keys = {
+            "recipe": "recipe.yaml",
+            "pruners": [{"name": "mask", "token_pruning": "mask"}],
+            "budgets": ["25x50"],
+            "seeds": [0],
+            "output_dir": str(tmp_path / "out"),
+            **changes,
+        }
+        (tmp_path / "compare.yaml").write_text(yaml.safe_dump(keys))
+        return str(tmp_path / "compare.yaml")
+
+    return write
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "qtuning_trl", "compare", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_comparison_goes_on_where_it_stopped_and_says_what_failed(tmp_path, config):
+    path = config(
+        pruners=[{"name": "mask", "token_pruning": "mask"}, {"name": "broken", "learning_rate": "1e30", "max_steps": 3}]
+    )
+    done = run("--config", path)
+    assert done.returncode == 1, done.stderr[-2000:]
+    folders = {folder.name: folder for folder in (tmp_path / "out").iterdir() if folder.is_dir()}
+    assert set(folders) == {
+        "zero-shot-100x100-seed-0", "full-data-100x100-seed-0", "mask-25x50-seed-0", "broken-25x50-seed-0",
+    }  # fmt: skip
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| mask | 25x50 | 1 |" in table
+    results = {
+        name: json.loads((folder / RESULT_NAME).read_text()) for name, folder in folders.items() if "broken" not in name
+    }
+    assert results["mask-25x50-seed-0"]["kept_samples"] == 0.25
+    assert results["full-data-100x100-seed-0"]["kept_samples"] == 1.0
+    assert results["zero-shot-100x100-seed-0"]["steps"] == 0
+    assert all(math.isfinite(result["eval_loss"]) for result in results.values())
+
+    # What is finished is not repeated; what was killed, and so left no result, is.
+    (folders["mask-25x50-seed-0"] / RESULT_NAME).unlink()
+    before = {name: (folder / RESULT_NAME).stat().st_mtime_ns for name, folder in folders.items() if "100x100" in name}
+    again = run("--config", path)
+    assert [line for line in again.stdout.splitlines() if line.startswith("[")] == ["[3/4] mask 25x50 seed 0"]
+    assert before == {name: (folders[name] / RESULT_NAME).stat().st_mtime_ns for name in before}
+    repeated = json.loads((folders["mask-25x50-seed-0"] / RESULT_NAME).read_text())
+    assert repeated["eval_loss"] == results["mask-25x50-seed-0"]["eval_loss"]
+
+
+def test_the_plan_is_shown_without_running(tmp_path, config, capsys):
+    assert cli.main(["compare", "--config", config(seeds=[0, 1]), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 runs, 0 finished" in shown
+    assert "To do: as much as 3.2 runs on the full data." in shown  # 2 x (0 + 1 + 1/3 + 1/4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recipe": "nowhere.yaml"}, "`recipe` in .* is 'nowhere.yaml': no such file"),
+        ({"seeds": [1, 1]}, r"`seeds` in .* is \[1, 1\]: give each seed once"),
+        ({"seeds": None}, "`seeds` is missing in"),
+        ({"sedes": [1]}, "`sedes` in .* is no key of a comparison: use recipe, pruners"),
+        ({"pruners": [3]}, "`pruners` has the entry 3: give a name"),
+        ({"pruners": ["random", "random"]}, "`pruners` in .* has two rows for 'random-25x50-seed-0'"),
+    ],
+)
+def test_bad_comparisons_are_refused(config, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_comparison(config(**changes))
+
+
+def test_bad_options_of_a_run_are_refused_before_the_first_starts(tmp_path, config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--config", config(budgets=["25x50", "250x50"])])
+    assert stopped.value.code == 2
+    assert "qtuning: error: `sample_ratio` is 2.5" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*/result.json"))
+
+
+# Statistics, on runs with a known answer
+
+
+def test_mean_and_interval():
+    estimate = Estimate.of([1.0, 2.0, 3.0, 4.0])
+    # s = 1.290994, t(0.975, 3) = 3.182446; 3.182446 * 1.290994 / 2
+    assert (estimate.mean, estimate.half_width) == (2.5, pytest.approx(2.054260, rel=1e-6))
+    assert Estimate.of([5.0]).half_width is None
+
+
+def test_the_paired_test_compares_seed_by_seed():
+    reference = {0: 0.50, 1: 0.60, 2: 0.90, 9: 0.1}
+    better = {0: 0.51, 1: 0.62, 2: 0.93, 3: 0.2}
+    # differences .01 .02 .03: mean .02, s .01, t = .02 / (.01 / sqrt 3) = 3.4641 on 2 degrees of freedom: p = 0.0742
+    assert paired_p_value(better, reference) == pytest.approx(0.074180, abs=1e-5)
+    assert paired_p_value({0: 0.5}, reference) is None
+    assert paired_p_value(reference, reference) is None
+
+
+def result(**figures) -> dict:
+    return {
+        "seconds": 10.0,
+        "seconds_selecting": 4.0,
+        "kept_samples": 0.25,
+        "kept_tokens": 0.2,
+        "peak_bytes": 2**20,
+        **figures,
+    }
+
+
+def test_a_row_holds_its_seeds_and_what_failed():
+    full = [Run(FULL_DATA, "100x100", seed, {}) for seed in (0, 1, 2)]
+    ours = [Run("q_tuning", "25x50", seed, {}) for seed in (0, 1, 2)]
+    results = {run: result(eval_loss=value, accuracy=0.9) for run, value in zip(full, (1.0, 2.0, 3.0), strict=True)}
+    results |= {ours[0]: result(eval_loss=1.1), ours[1]: {"failure": "it broke"}, ours[2]: result(eval_loss=3.3)}
+    rows = summarize(results)
+    assert [(row["pruner"], row["seeds"], row["failures"]) for row in rows] == [
+        (FULL_DATA, [0, 1, 2], []),
+        ("q_tuning", [0, 2], ["seed 1: it broke"]),
+    ]
+    assert rows[1]["eval_loss"].mean == pytest.approx(2.2)
+    assert rows[1]["eval_loss_p"] == paired_p_value({0: 1.1, 2: 3.3}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert "eval_loss_p" not in rows[0]
+    text = markdown(rows, "title")
+    assert "| q_tuning | 25x50 | 2 | - | - | 2.2000 ± 13.9768 |" in text
+    assert "- q_tuning 25x50, seed 1: it broke" in text
+
+
+def test_names_stand_for_pairs_of_pruners():
+    assert pruner_options("random + perplexity")[1] == {"sample_pruner": "random", "token_pruner": "perplexity"}
+    assert pruner_options("q_tuning")[1] == {"sample_pruner": "q_tuning", "token_pruner": "q_tuning"}
+    assert pruner_options({"name": "drop", "token_pruning": "drop"}) == ("drop", {"token_pruning": "drop"})
+    runs = Comparison("r", ["a"], ["25x50"], [3, 4], "out").runs()
+    assert [(run.pruner, run.seed) for run in runs] == [
+        (ZERO_SHOT, 3), (FULL_DATA, 3), ("a", 3), (ZERO_SHOT, 4), (FULL_DATA, 4), ("a", 4),
+    ]  # fmt: skip
+    assert Path(runs[2].name).name == "a-25x50-seed-3"
