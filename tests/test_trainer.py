@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
+from qtuning_trl.documents import split_documents
+from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.record import SUMMARY_NAME
 
 COMMON = {
@@ -336,26 +338,47 @@ def test_selection_is_deterministic_and_draws_no_random_number(tmp_path, tokeniz
     assert pools[0] == pools[1]
 
 
-def test_scores_equal_those_of_naive_full_logits(tmp_path, tokenizer, prompt_completion):
-    for options in ({}, PADDING_FREE, PACKED):
-        trainer = make_trainer(tmp_path, tokenizer, prompt_completion, max_steps=1, learning_rate=0.0, **options)
-        trainer.train()
-        model = tiny_llama().eval()
-        expected = []
-        for row in make_trainer(tmp_path, tokenizer, prompt_completion).train_dataset:
-            with torch.no_grad():
-                logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
-            labels = torch.tensor(row["labels"])[1:]
-            answer = labels != -100
-            log_probs = logits.log_softmax(-1)[answer]
-            nll = -log_probs.gather(1, labels[answer][:, None]).mean()
-            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-            expected.append((nll.exp().item(), entropy.item()))
-        pool = zip(trainer.last_pool["perplexity"], trainer.last_pool["entropy"], strict=True)
-        for perplexity, entropy in pool:
-            nearest = min(expected, key=lambda pair: abs(pair[0] - perplexity))
-            assert perplexity == pytest.approx(nearest[0], rel=1e-5)
-            assert entropy == pytest.approx(nearest[1], rel=1e-5)
+@pytest.mark.parametrize("options", [{}, PADDING_FREE, PACKED], ids=["padded", "padding-free", "packed"])
+def test_scores_and_decisions_equal_those_of_naive_full_logits(tmp_path, tokenizer, prompt_completion, options):
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", max_steps=1, **options)
+    seen = Recorder().attach(trainer)
+    trainer.train()
+    pool = trainer.last_pool
+    model = tiny_llama().eval()  # the weights the first step is scored with
+    drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
+    protected = torch.tensor(sorted(trainer._protected_ids))
+    perplexities, entropies, kept_rows = [], [], []
+    for sample_id in pool["sample_id"]:
+        ids, labels = (torch.from_numpy(drawn[sample_id][name]) for name in ("input_ids", "labels"))
+        answer = labels[1:] != -100
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        nll = -log_probs.gather(1, ids[1:, None]).squeeze(1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        perplexities.append(nll[answer].mean().exp())
+        entropies.append(entropy[answer].mean())
+        scores = token_scores(nll.exp()[None], answer[None], 0.5)
+        keep = token_keep_mask(scores, answer[None], 0.5, torch.isin(ids[1:], protected)[None])[0]
+        kept_rows.append([labels[0].item(), *torch.where(keep, labels[1:], -100).tolist()])
+    assert pool["perplexity"] == pytest.approx([float(value) for value in perplexities], rel=1e-5)
+    assert pool["entropy"] == pytest.approx([float(value) for value in entropies], rel=1e-5)
+
+    selection = select_samples(torch.stack(perplexities), torch.stack(entropies), 0.25)
+    assert pool["kept"] == selection.keep.tolist()
+    expected = []
+    for index in selection.keep.nonzero().flatten().tolist():
+        document = drawn[pool["sample_id"][index]]
+        labels = kept_rows[index] if selection.prune_tokens[index] else document["labels"].tolist()
+        expected.append((document["input_ids"].tolist(), labels))
+    trained = [
+        (doc["input_ids"].tolist(), doc["labels"].tolist())
+        for batch in seen.batches[0]
+        for row in rows_of(batch)
+        for doc in split_documents(row)
+    ]
+    # A padding-free batch marks the first token of each document as none to predict.
+    strip = lambda pairs: sorted((ids, labels[1:]) for ids, labels in pairs)  # noqa: E731
+    assert strip(trained) == strip(expected)
 
 
 # Interruption
