@@ -57,6 +57,7 @@ ARMS = {
     "50x70": "Q-Tuning",
     "12.5x50 mask": "Q-Tuning, pruned tokens masked instead of dropped",
     "12.5x50 small": "Q-Tuning, micro_batches: small (low peak memory)",
+    "12.5x50 small rowwise": "the same, scored row by row: whether scoring sets the peak",
     "12.5x50 free": "Q-Tuning, survivor_checkpointing: false",
     "12.5x50 amortised": "Q-Tuning, score_reuse_epochs: 3, mean over three epochs",
     "12.5x50 half": "Q-Tuning, scored_share: 0.5",
@@ -64,6 +65,7 @@ ARMS = {
 OPTIONS = {
     "mask": {"token_pruning": "mask"},
     "small": {"micro_batches": "small"},
+    "small rowwise": {"micro_batches": "small", "scoring_batch_tokens": 1},
     "free": {"survivor_checkpointing": False},
     "amortised": {"score_reuse_epochs": 3},
     "half": {"scored_share": 0.5},
