@@ -10,10 +10,12 @@ from datasets import Dataset
 from torch import Tensor
 
 # One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); its `sample_id`; `group` where the run
-# counts by a column; `pruned` if tokens of its answer were taken out.
+# counts by a column; `pruned` if tokens of its answer were taken out, and `kept_mask`, which ones stayed (bool, of shape
+# (answer tokens,)).
 Document = dict[str, Any]
-NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned")
+NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned", "kept_mask")
 SAMPLE_ID = "sample_id"
+KEPT_MASK = "kept_mask"
 
 IGNORE = -100
 
