@@ -56,6 +56,7 @@ from .host import (
     train_loader_of,
     without_checkpointing,
 )
+from .live import PlaneLogger, show_progress
 from .method import SampleSelection, budget_size, sample_statistics, select_samples, token_keep_mask, token_scores
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
 from .score_cache import FILE_NAME as SCORES_NAME
@@ -190,6 +191,8 @@ class QTuningSFTTrainer(SFTTrainer):
         self._recorder = SampleRecorder(self) if args.record else None
         if self._recorder is not None:
             self.add_callback(self._recorder)
+        self.add_callback(PlaneLogger(self))
+        show_progress(self)
         self.last_pool: dict[str, Any] | None = None
         self._protected_ids = self._special_token_ids() if args.protect_special_tokens else set()
         self._num_micro_batches = 0
