@@ -140,7 +140,7 @@ def plot_shares(steps: Any) -> "Figure":
 
     Args:
         steps ([`~pandas.DataFrame`]): Counts by step, `RecordReader.steps()` as a frame. Long runs are drawn as means
-            over at most 100 windows of steps.
+            over at most 50 windows of steps.
 
     Returns:
         [`~matplotlib.figure.Figure`]: A stacked area, and a line.
@@ -150,7 +150,7 @@ def plot_shares(steps: Any) -> "Figure":
         `ValueError`: If no step scored anything.
     """
     names = {1: "q1", 2: "q2", 0: "between", 4: "q4", 3: "q3"}
-    sums = steps.groupby((steps["step"] - 1) * min(len(steps), 100) // max(len(steps), 1)).agg(
+    sums = steps.groupby((steps["step"] - 1) * min(len(steps), 50) // max(len(steps), 1)).agg(
         {"step": "mean", "filled": "sum", "kept_samples": "sum", **dict.fromkeys(names.values(), "sum")}
     )
     scored = sums[list(names.values())].sum(axis=1)
@@ -216,6 +216,7 @@ def _pool_of(record: Any) -> dict[str, Any] | None:
     if not len(frame):
         return None
     columns = {name: frame[name].tolist() for name in COLUMNS if name != "filled"}
+    columns["group"] = [value if isinstance(value, str) else None for value in columns["group"]]
     thresholds = {name: float(frame[name].mean()) for name in THRESHOLDS}
     return {**columns, "filled": (frame["reason"] == "fill").tolist(), "thresholds": thresholds}
 

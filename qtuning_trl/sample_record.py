@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .trainer import QTuningSFTTrainer
-
-logger = get_logger(__name__)
 
 RECORD_NAME = "qtuning_record"
 FORMAT = 1

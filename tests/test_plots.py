@@ -136,7 +136,7 @@ def test_shares_over_training_add_up_and_show_the_fill():
     rows = {"q1": 2, "q2": 1, "q3": 3, "q4": 1, "between": 1, "filled": 1, "kept_samples": 4}
     steps = pd.DataFrame([{"step": step, **rows} for step in range(1, 301)])
     axes = plots.plot_shares(steps).axes[0]
-    assert len(axes.lines[0].get_xdata()) == 100
+    assert len(axes.lines[0].get_xdata()) == 50
     assert set(axes.lines[0].get_ydata()) == {0.25}
     top = axes.collections[-1].get_paths()[0].vertices[:, 1]
     assert top.max() == pytest.approx(1.0)
