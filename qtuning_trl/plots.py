@@ -54,7 +54,7 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     """
     if color_by not in ("quadrant", "group"):
         raise ValueError(f"`color_by` is {color_by!r}: choose 'quadrant' or 'group'.")
-    pool = record if isinstance(record, dict) or record is None else _pool_of(record)
+    pool: dict[str, Any] = record if isinstance(record, dict) else _pool_of(record)
     lengths = {len(pool[name]) for name in COLUMNS} if pool else {0}
     if len(lengths) > 1:
         raise ValueError(f"The pool's columns {', '.join(COLUMNS)} differ in length: give the trainer's `last_pool`.")
@@ -206,15 +206,17 @@ def _new_figure(height: float) -> "Figure":
     return Figure(figsize=(8.4, height), layout="constrained")
 
 
-def _pool_of(record: Any) -> dict[str, Any] | None:
-    """The rows of a record as a pool."""
+def _pool_of(record: Any) -> dict[str, Any]:
+    """The rows of a record as a pool; an empty one if there are none."""
+    if record is None:
+        return {}
     frame = record.to_pandas() if hasattr(record, "to_pandas") else record
     needed = {*COLUMNS, *THRESHOLDS, "reason"} - {"filled"}
     missing = sorted(needed - set(getattr(frame, "columns", ())))
     if missing:
         raise ValueError(f"The record lacks {', '.join(missing)}: give what `load_record` returns, or rows of it.")
     if not len(frame):
-        return None
+        return {}
     columns = {name: frame[name].tolist() for name in COLUMNS if name != "filled"}
     columns["group"] = [value if isinstance(value, str) else None for value in columns["group"]]
     thresholds = {name: float(frame[name].mean()) for name in THRESHOLDS}

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +203,7 @@ def _plane(samples: "pd.DataFrame", decoder: "_Decoder", max_points: int) -> dic
     count = min(MAX_WINDOWS, last - first + 1)
     bounds = [first + round(index * (last - first + 1) / count) for index in range(count + 1)]
     windows = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         rows = samples[(samples["step"] >= start) & (samples["step"] < end)]
         begin, stop = np.searchsorted(chosen["step"], [start, end]).tolist()
         windows.append({"first": start, "last": end - 1, "begin": begin, "end": stop, "of": len(rows)})
@@ -277,7 +278,7 @@ def _extremes(reader: RecordReader, samples: "pd.DataFrame", decoder: "_Decoder"
     for row in masked.select(["step", SAMPLE_ID, KEPT_MASK]).to_pylist():
         masks[row[SAMPLE_ID]] = row["step"], row[KEPT_MASK]  # the latest stays
     texts = reader.texts(shown)
-    parts = {key: part for key, part in samples[samples[SAMPLE_ID].isin(shown)].groupby(SAMPLE_ID)}
+    parts = dict(list(samples[samples[SAMPLE_ID].isin(shown)].groupby(SAMPLE_ID)))
 
     def card(sample_id: int) -> dict[str, Any]:
         history = parts[sample_id]

@@ -369,7 +369,7 @@ class RecordReader:
                 "the version that wrote it."
             )
         self.parts = list_parts(self.folder)
-        last = {process: self.run["resumed_from"] for process in range(self.run["num_processes"])}
+        last = dict.fromkeys(range(self.run["num_processes"]), self.run["resumed_from"])
         for part in self.parts:
             if part.process in last:
                 last[part.process] = max(last[part.process], part.last)
@@ -418,20 +418,19 @@ def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataF
     """
     What a run decided about each sample, step by step.
 
-    | column | |
-    |---|---|
-    | `step` | optimizer step, from 1 |
-    | `sample_id` | row number of the training set, or a hash of the tokens where rows have none (streams, packing) |
-    | `process` | process that held the sample |
-    | `perplexity`, `entropy` | its place on the EU plane; the entropy in nats |
-    | `quadrant` | 1 to 4 for Q1 to Q4, 0 for between the thresholds |
-    | `kept` | whether it was trained on |
-    | `reason` | what decided that: `quadrant` (where it lies: Q2 and Q4 are kept), `fill` (kept although it lies elsewhere, to reach the budget), `trim` (dropped although in Q2 or Q4, to meet it) |
-    | `answer_tokens`, `kept_tokens` | tokens of its answer, and how many of them were trained on |
-    | `seconds` | what selecting took this process in that step |
-    | `group` | its value of `group_column`, as text |
-    | `kept_mask` | which answer tokens were kept, where stage 2 pruned and the sample is in the share `record_tokens` |
-    | `perplexity_low`, ..., `entropy_high` | the thresholds of the candidates that it was compared with |
+    - `step`: optimizer step, from 1.
+    - `sample_id`: row number of the training set, or a hash of the tokens where rows have none (streams, packing).
+    - `process`: the process that held the sample.
+    - `perplexity`, `entropy`: its place on the EU plane; the entropy in nats.
+    - `quadrant`: 1 to 4 for Q1 to Q4, 0 for between the thresholds.
+    - `kept`: whether it was trained on.
+    - `reason`: what decided that. `quadrant`: where it lies (Q2 and Q4 are kept); `fill`: kept although it lies
+      elsewhere, to reach the budget; `trim`: dropped although in Q2 or Q4, to meet the budget.
+    - `answer_tokens`, `kept_tokens`: tokens of its answer, and how many of them were trained on.
+    - `seconds`: what selecting took this process in that step.
+    - `group`: its value of `group_column`, as text.
+    - `kept_mask`: which answer tokens were kept, where stage 2 pruned some and `record_tokens` covers the sample.
+    - `perplexity_low`, `perplexity_high`, `entropy_low`, `entropy_high`: thresholds among those it was compared with.
 
     Args:
         path (`str` or `Path`): The run's output directory, or the folder `qtuning_record` in it. The run may be over,
@@ -444,7 +443,7 @@ def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataF
 
     Raises:
         `ValueError`: If there is no record, or it is not one of ours.
-    """  # noqa: E501
+    """
     table = RecordReader(path).samples()
     if as_frame:
         return table.to_pandas()

@@ -59,9 +59,9 @@ from .host import (
 from .live import PlaneLogger, show_progress
 from .method import SampleSelection, budget_size, sample_statistics, select_samples, token_keep_mask, token_scores
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
+from .sample_record import SampleRecorder
 from .score_cache import FILE_NAME as SCORES_NAME
 from .score_cache import Score, ScoreCache
-from .sample_record import SampleRecorder
 from .scoring import TokenValues, score_documents, scoring_batches
 
 logger = get_logger(__name__)

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from qtuning_trl import load_record
 from qtuning_trl.cli import main
 from qtuning_trl.record import SUMMARY_NAME, THRESHOLDS
-from qtuning_trl.report import report_data, write_report
+from qtuning_trl.report import report_data, run_data, write_report
 from qtuning_trl.sample_record import RECORD_NAME, SAMPLES, STEPS, TEXTS, Part, RecordReader, write_part
 
-NASTY = "<b>bold</b> </script><script>window.attacked = 1</script><img src=x onerror='window.attacked = 2'> & caf\u00e9 \u2603"
+NASTY = "<b>bold</b> </script><script>attacked = 1</script><img src=x onerror='attacked = 2'> & caf\u00e9 \u2603"
 
 
 def page_data(html: str | Path) -> dict:
@@ -55,7 +55,9 @@ def full_run(tmp_path_factory, tokenizer_dir) -> Path:
 
 def synthetic_run(path: Path, samples: int, steps: int, text: Callable[[int], str], group: str = "a") -> Path:
     """A record as a trainer writes it, of any size: each sample is scored once a step; the last half of it is kept."""
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -181,8 +183,6 @@ def test_samples_at_both_ends_carry_their_answers_and_what_was_pruned(run, tmp_p
 def test_beyond_the_cap_the_same_samples_are_drawn_at_every_step(tmp_path):
     run = synthetic_run(tmp_path / "run", samples=300, steps=10, text=lambda index: f"{index} ab")
     data = report_data([RecordReader(run)] * 2, ["a", "b"])
-    from qtuning_trl.report import run_data
-
     shown = run_data(RecordReader(run), "run", max_points=500)
     assert shown["points_of"] == 3000
     assert len(shown["points"]["step"]) == 500
@@ -301,8 +301,9 @@ def test_the_page_shows_what_its_data_says(browser, run, full_run, tmp_path):
     from selenium.webdriver.common.by import By
 
     page, *_ = write_report([run, full_run], tmp_path / "a.html")
-    first, second = page_data(page)["runs"]
+    first, _ = page_data(page)["runs"]
     open_page(browser, page)
+    change = "const [id, value, event] = arguments, x = byId(id); x.value = value; x.dispatchEvent(new Event(event))"
     text = browser.find_element(By.ID, "budget").text
     assert "finished, 6 steps" in text
     assert f"{first['facts']['kept']} / {first['facts']['candidates']}" in text
@@ -313,7 +314,7 @@ def test_the_page_shows_what_its_data_says(browser, run, full_run, tmp_path):
     assert len(browser.find_elements(By.CSS_SELECTOR, ".plane")) == 1  # the other run scored nothing
     last = first["windows"][-1]
     assert drawn_points(browser) == last["end"] - last["begin"]
-    browser.execute_script("const s = document.getElementById('slider'); s.value = 0; s.dispatchEvent(new Event('input'))")
+    browser.execute_script(change, "slider", 0, "input")
     assert drawn_points(browser) == first["windows"][0]["end"]
     assert browser.find_element(By.ID, "moment").text == "step 1"
     browser.find_element(By.ID, "all").click()
@@ -321,9 +322,7 @@ def test_the_page_shows_what_its_data_says(browser, run, full_run, tmp_path):
     lines = browser.execute_script("return document.querySelector('.plane').layout.shapes.length")
     assert lines == 4
 
-    browser.execute_script(
-        "const s = document.getElementById('colour'); s.value = 'group'; s.dispatchEvent(new Event('change'))"
-    )
+    browser.execute_script(change, "colour", "group", "change")
     legend = browser.find_elements(By.CSS_SELECTOR, "#legend button")
     assert sorted(button.text for button in legend) == ["even", "odd"]
     legend[0].click()
