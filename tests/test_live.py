@@ -11,7 +11,6 @@ import sys
 import termios
 from pathlib import Path
 
-import pytest
 from test_trainer import make_trainer
 from transformers import ProgressCallback
 
@@ -56,7 +55,6 @@ def test_trackio_shows_the_plane_and_the_numbers(tmp_path, tokenizer_dir):
 
 
 def test_wandb_takes_the_plane_offline(tmp_path, tokenizer_dir):
-    pytest.importorskip("wandb")
     environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "wandb"), "WANDB_SILENT": "true"}
     (tmp_path / "wandb").mkdir()
     run_with_tracker(tmp_path, tokenizer_dir, "wandb", environment)
