@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import QTuningSFTConfig
+    from .plots import plot_eu_plane
+    from .sample_record import load_record
     from .trainer import QTuningSFTTrainer
 
 __version__ = version("qtuning-trl")
 
-__all__ = ["QTuningSFTConfig", "QTuningSFTTrainer"]
+__all__ = ["QTuningSFTConfig", "QTuningSFTTrainer", "load_record", "plot_eu_plane"]
 
-_MODULES = {"QTuningSFTConfig": ".config", "QTuningSFTTrainer": ".trainer"}
+_MODULES = {
+    "QTuningSFTConfig": ".config",
+    "QTuningSFTTrainer": ".trainer",
+    "load_record": ".sample_record",
+    "plot_eu_plane": ".plots",
+}
 
 
 def __getattr__(name: str) -> Any:

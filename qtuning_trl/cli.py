@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
     subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
+    subparsers.add_parser("report", add_help=False, help="show what runs kept: qtuning report RUN [RUN ...]")
     argv = list(sys.argv[1:] if argv is None else argv)
     # The command's own options are its own parser's business; building that one takes seconds.
     arguments = parser.parse_args(argv[:1])
@@ -44,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .scripts import compare
 
             return compare.main(argv[1:])
+    if arguments.command == "report":
+        argv = take_traceback_flag(argv)
+        with exit_on_error(BAD_INPUT):
+            from . import report
+
+            return report.main(argv[1:])
     return sft(argv[1:])
 
 

@@ -142,6 +142,20 @@ class QTuningSFTConfig(SFTConfig):
     )
 
     # Parameters that control the records
+    record: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to append what each step decides about each sample to Parquet files in "
+            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read."
+        },
+    )
+    record_tokens: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the samples whose kept-token masks are recorded, in [0, 1]; the same samples at every "
+            "step. A mask costs about a bit per answer token, and only where tokens are pruned."
+        },
+    )
     group_column: str | None = field(
         default=None,
         metadata={
@@ -187,6 +201,8 @@ class QTuningSFTConfig(SFTConfig):
                 "leave it out."
             )
 
+        if not 0.0 <= self.record_tokens <= 1.0:
+            raise ValueError(f"`record_tokens` is {self.record_tokens}: give a share from 0 to 1, such as 0.1.")
         self._check_cheaper_scoring()
 
     def _check_cheaper_scoring(self) -> None:

@@ -10,10 +10,12 @@ from datasets import Dataset
 from torch import Tensor
 
 # One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); its `sample_id`; `group` where the run
-# counts by a column; `pruned` if tokens of its answer were taken out.
+# counts by a column; `pruned` if tokens of its answer were taken out, and `kept_mask`, which of them stayed (bool, of
+# shape (answer tokens,)).
 Document = dict[str, Any]
-NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned")
+NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned", "kept_mask")
 SAMPLE_ID = "sample_id"
+KEPT_MASK = "kept_mask"
 
 IGNORE = -100
 
@@ -40,10 +42,10 @@ def number_rows(dataset: Dataset) -> Dataset:
     if SAMPLE_ID not in dataset.column_names:
         return dataset.add_column(SAMPLE_ID, np.arange(len(dataset)))
     kind = dataset.features[SAMPLE_ID]
-    if "int" not in getattr(kind, "dtype", ""):
+    if "int" not in getattr(kind, "dtype", "") or kind.dtype == "uint64":
         raise ValueError(
-            f"`train_dataset` has the column {SAMPLE_ID!r} with values of type {kind}: rename it, or give integers "
-            "that name the samples."
+            f"`train_dataset` has the column {SAMPLE_ID!r} with values of type {kind}: rename it, or give "
+            "signed integers that name the samples."
         )
     return dataset
 

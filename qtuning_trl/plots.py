@@ -1,4 +1,4 @@
-"""The Error-Uncertainty plane as a figure. Needs matplotlib, which is imported when a figure is asked for."""
+"""A run's pictures as figures. They need matplotlib, which is imported when a figure is asked for."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ CORNERS = {
 # Okabe and Ito's colours, which readers with a colour vision deficiency can tell apart.
 QUADRANT_COLOURS = {1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 0: "#999999"}
 GROUP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
+PHASE_COLOURS = {"scoring": "#E69F00", "selection": "#CC79A7", "collation": "#56B4E9", "training": "#0072B2"}
+THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")
 COLUMNS = ("perplexity", "entropy", "quadrant", "kept", "filled", "group")
 # Both axes are logarithmic in nats: a model that has learnt its data leaves most samples at a perplexity just above 1
 # and an entropy just above 0, where linear axes, or the logarithm of the perplexity, would put them on one spot.
@@ -30,14 +32,16 @@ NATS_FLOOR = 1e-4  # what lies below is drawn there
 PERPLEXITY_TICKS = (1.0001, 1.001, 1.01, 1.1, 1.3, 2.0, 4.0, 12.0, 100.0, 1e4)
 
 
-def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
+def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     """
-    Draw a pool of candidates on the Error-Uncertainty plane.
+    Draw candidates on the Error-Uncertainty plane.
 
     Args:
-        pool (`dict`): `QTuningSFTTrainer.last_pool`: columns of equal length, one entry a candidate (`perplexity`,
-            `entropy` in nats, `quadrant` from 1 to 4 or 0 for between the thresholds, `kept`, `filled`, `group`), and
-            `thresholds` with `perplexity_low`, `perplexity_high`, `entropy_low` and `entropy_high`.
+        record ([`~datasets.Dataset`], [`~pandas.DataFrame`] or `dict`): What `load_record` gives, or some of its rows
+            (those of the latest steps, say); the thresholds drawn are their mean. Or `QTuningSFTTrainer.last_pool`:
+            columns of equal length, one entry a candidate (`perplexity`, `entropy` in nats, `quadrant` from 1 to 4 or
+            0 for between the thresholds, `kept`, `filled`, `group`), and `thresholds` with `perplexity_low`,
+            `perplexity_high`, `entropy_low` and `entropy_high`.
         color_by (`str`): `"quadrant"` or `"group"`, the value of `group_column`.
 
     Returns:
@@ -46,23 +50,20 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
 
     Raises:
         `ImportError`: If matplotlib is not installed.
-        `ValueError`: If `color_by` is neither, the pool is empty, or its columns differ in length.
+        `ValueError`: If `color_by` is neither, the pool is empty, or its columns are missing or differ in length.
     """
     if color_by not in ("quadrant", "group"):
         raise ValueError(f"`color_by` is {color_by!r}: choose 'quadrant' or 'group'.")
+    pool: dict[str, Any] = record if isinstance(record, dict) else _pool_of(record)
     lengths = {len(pool[name]) for name in COLUMNS} if pool else {0}
     if len(lengths) > 1:
         raise ValueError(f"The pool's columns {', '.join(COLUMNS)} differ in length: give the trainer's `last_pool`.")
     if lengths == {0}:
         raise ValueError("The pool is empty: plot after a step that selected, with a budget below 100x100.")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib: run `pip install "qtuning-trl[report]"`.') from error
+    figure = _new_figure(5.2)
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -131,6 +132,95 @@ def plot_eu_plane(pool: dict[str, Any], color_by: str = "quadrant") -> "Figure":
     ]
     figure.legend(handles=entries, loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def plot_shares(steps: Any) -> "Figure":
+    """
+    Draw how the quadrants shared the scored samples over the run, and how much of the kept ones the fill was.
+
+    Args:
+        steps ([`~pandas.DataFrame`]): Counts by step, `RecordReader.steps()` as a frame. Long runs are drawn as means
+            over at most 50 windows of steps.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: A stacked area, and a line.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If no step scored anything.
+    """
+    names = {1: "q1", 2: "q2", 0: "between", 4: "q4", 3: "q3"}
+    sums = steps.groupby((steps["step"] - 1) * min(len(steps), 50) // max(len(steps), 1)).agg(
+        {"step": "mean", "filled": "sum", "kept_samples": "sum", **dict.fromkeys(names.values(), "sum")}
+    )
+    scored = sums[list(names.values())].sum(axis=1)
+    if not scored.sum():
+        raise ValueError("The run scored no sample: plot one with a budget below 100x100.")
+    figure = _new_figure(3.6)
+    axes = figure.add_subplot()
+    axes.stackplot(
+        sums["step"],
+        [sums[name] / scored for name in names.values()],
+        colors=[QUADRANT_COLOURS[number] for number in names],
+        labels=[QUADRANT_NAMES[number] for number in names],
+        alpha=0.85,
+    )
+    axes.plot(sums["step"], sums["filled"] / sums["kept_samples"], color="black", linewidth=1.4, label="fill, of kept")
+    axes.set(xlabel="optimizer step", ylabel="share", ylim=(0, 1), title="Quadrants over training")
+    axes.margins(x=0)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def plot_seconds(seconds: dict[str, dict[str, float]]) -> "Figure":
+    """
+    Draw the seconds of each phase as one bar a run.
+
+    Args:
+        seconds (`dict[str, dict[str, float]]`): By name of the run, seconds by phase.
+
+    Returns:
+        [`~matplotlib.figure.Figure`]: Stacked bars.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    figure = _new_figure(1.4 + 0.5 * len(seconds))
+    axes = figure.add_subplot()
+    left = [0.0] * len(seconds)
+    for phase, colour in PHASE_COLOURS.items():
+        widths = [run.get(phase, 0.0) for run in seconds.values()]
+        axes.barh(list(seconds), widths, left=left, color=colour, label=phase, height=0.6)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title="Time by phase")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _new_figure(height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: run `pip install "qtuning-trl[report]"`.') from error
+    return Figure(figsize=(8.4, height), layout="constrained")
+
+
+def _pool_of(record: Any) -> dict[str, Any]:
+    """The rows of a record as a pool; an empty one if there are none."""
+    if record is None:
+        return {}
+    frame = record.to_pandas() if hasattr(record, "to_pandas") else record
+    needed = {*COLUMNS, *THRESHOLDS, "reason"} - {"filled"}
+    missing = sorted(needed - set(getattr(frame, "columns", ())))
+    if missing:
+        raise ValueError(f"The record lacks {', '.join(missing)}: give what `load_record` returns, or rows of it.")
+    if not len(frame):
+        return {}
+    columns = {name: frame[name].tolist() for name in COLUMNS if name != "filled"}
+    columns["group"] = [value if isinstance(value, str) else None for value in columns["group"]]
+    thresholds = {name: float(frame[name].mean()) for name in THRESHOLDS}
+    return {**columns, "filled": (frame["reason"] == "fill").tolist(), "thresholds": thresholds}
 
 
 def _log_loss(perplexity: Any) -> Any:

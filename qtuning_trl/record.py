@@ -146,6 +146,7 @@ class RunRecord(TrainerCallback, ExportableState):
     def __init__(self):
         self.totals = self._new_totals()
         self.window: list[dict[str, float]] = []
+        self.last_step: dict[str, float] = {}  # metrics of the latest step, and its seconds by phase
         self._seconds: dict[str, float] = defaultdict(float)
         self._training_since: float | None = None
 
@@ -179,6 +180,7 @@ class RunRecord(TrainerCallback, ExportableState):
             self.totals["seconds"][phase] += self._seconds[phase]
         self.window[-1]["seconds_selecting"] = sum(self._seconds[phase] for phase in PHASES if phase != "training")
         self.window[-1]["seconds_training"] = self._seconds["training"]
+        self.last_step = {**self.window[-1], **{f"seconds_{phase}": self._seconds[phase] for phase in PHASES}}
         self._seconds.clear()
 
     # What the trainer reports

@@ -30,6 +30,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from . import checks
 from .config import QTuningSFTConfig
 from .documents import (
+    KEPT_MASK,
     NOT_FOR_THE_MODEL,
     SAMPLE_ID,
     Document,
@@ -55,8 +56,10 @@ from .host import (
     train_loader_of,
     without_checkpointing,
 )
+from .live import PlaneLogger, show_progress
 from .method import SampleSelection, budget_size, sample_statistics, select_samples, token_keep_mask, token_scores
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
+from .sample_record import SampleRecorder
 from .score_cache import FILE_NAME as SCORES_NAME
 from .score_cache import Score, ScoreCache
 from .scoring import TokenValues, score_documents, scoring_batches
@@ -185,6 +188,11 @@ class QTuningSFTTrainer(SFTTrainer):
             self.add_callback(_ScoreKeeper(self._score_cache, self.accelerator.num_processes))
         self.add_callback(RunRecord)
         self.add_callback(_SummaryWriter(self))
+        self._recorder = SampleRecorder(self) if args.record else None
+        if self._recorder is not None:
+            self.add_callback(self._recorder)
+        self.add_callback(PlaneLogger(self))
+        show_progress(self)
         self.last_pool: dict[str, Any] | None = None
         self._protected_ids = self._special_token_ids() if args.protect_special_tokens else set()
         self._num_micro_batches = 0
@@ -340,6 +348,8 @@ class QTuningSFTTrainer(SFTTrainer):
                     step.add_groups([document["group"] for document in drawn], "candidates")
                     step.add_groups([document["group"] for document in kept], "kept")
                 self._remember_pool(group, perplexity, entropy, selection)
+                if self._recorder is not None:
+                    self._recorder.add(group, perplexity, entropy, selection, kept)
         return survivors, step
 
     def _score(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[list[Document]], int, TokenValues]:
@@ -469,8 +479,11 @@ class QTuningSFTTrainer(SFTTrainer):
         protected = protected_mask([group[index] for index in pruned], self._protected_ids, mask.shape)
         keep_tokens = token_keep_mask(scores, mask, self.args.token_ratio, protected).numpy()
         shortened = {
-            index: prune_document(group[index], keep, drop=self.args.token_pruning == "drop")
-            for index, keep in zip(pruned, keep_tokens, strict=True)
+            index: {
+                **prune_document(group[index], keep, drop=self.args.token_pruning == "drop"),
+                KEPT_MASK: keep[answer],
+            }
+            for index, keep, answer in zip(pruned, keep_tokens, mask.numpy(), strict=True)
         }
         return [shortened.get(index, group[index]) for index in kept]
 

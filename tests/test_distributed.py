@@ -14,6 +14,10 @@ from test_trainer import COMMON, Recorder, lora, losses
 from trl import SFTConfig, SFTTrainer
 from two_processes import SCENARIOS
 
+from qtuning_trl import load_record
+from qtuning_trl.report import report_data
+from qtuning_trl.sample_record import RecordReader
+
 TESTS = Path(__file__).parent
 
 
@@ -25,7 +29,8 @@ def runs(tmp_path_factory, tokenizer_dir) -> Path:
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(TESTS / "two_processes.py"), str(output), tokenizer_dir,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return output
@@ -94,3 +99,30 @@ def test_reused_scores_are_known_to_both_processes_and_survive_a_resume(runs):
     assert first["known"] == list(range(40))  # each process drew about half of them
     assert first["stale"] == 40  # the whole second epoch
     assert first["equal"]
+
+
+@pytest.mark.parametrize("name", list(SCENARIOS))
+def test_the_record_of_both_processes_says_what_the_summary_says(runs, name):
+    summary = json.loads((runs / f"{name}.json").read_text())["summary"]
+    frame = load_record(runs / name, as_frame=True)
+    assert set(frame.process) == {0, 1}
+    assert not frame.duplicated(["step", "process", "sample_id"]).any()
+    assert (len(frame), frame.kept.sum()) == (summary["candidates"], summary["kept"])
+    assert frame.answer_tokens.sum() == summary["answer_tokens"]["candidates"]
+    assert frame.kept_tokens.sum() == summary["answer_tokens"]["kept"]
+    assert (frame.reason == "fill").sum() == summary["filled"]
+    comparisons = frame[["process", "perplexity_low", "perplexity_high", "entropy_low", "entropy_high"]]
+    compared = {"all_processes": 1, "micro_batch": 8}.get(SCENARIOS[name].get("selection_scope", "process"), 2)
+    assert len(comparisons.drop(columns="process").drop_duplicates()) == compared
+
+    [shown] = report_data([RecordReader(runs / name)], [name])["runs"]
+    for fact in ("candidates", "kept", "answer_tokens", "quadrants", "filled", "num_processes"):
+        assert shown["facts"][fact] == summary[fact]
+    assert "not recorded" not in json.dumps(shown)
+
+
+def test_a_resumed_record_of_two_processes_has_neither_gap_nor_double(runs):
+    frame = load_record(runs / "resume", as_frame=True)
+    assert frame.groupby(["process", "step"]).size().to_dict() == {
+        (process, step): size for process in (0, 1) for step, size in ((1, 16), (2, 4), (3, 16))
+    }

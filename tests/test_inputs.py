@@ -103,7 +103,9 @@ def test_streaming(tmp_path, tokenizer):
     loaded.train()
     streamed = make_trainer(tmp_path / "b", tokenizer, dataset.to_iterable_dataset(), **options)
     streamed.train()
-    assert streamed.last_pool == loaded.last_pool
+    # All but the ids: a stream has no row numbers.
+    for name in loaded.last_pool.keys() - {"sample_id"}:
+        assert streamed.last_pool[name] == loaded.last_pool[name], name
     assert streamed.summary()["groups"] == loaded.summary()["groups"]
     pairs = zip(streamed.model.parameters(), loaded.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 
 from qtuning_trl import plots
 from qtuning_trl.method import select_samples
@@ -94,15 +96,59 @@ def test_a_figure_without_groups_is_drawn(pool, tmp_path):
     [
         ({"color_by": "kind"}, "choose 'quadrant' or 'group'"),
         ({"kept": []}, "differ in length"),
-        ({"pool": None}, "The pool is empty"),
+        ({"record": None}, "The pool is empty"),
     ],
 )
 def test_refusals(pool, change, message):
-    arguments = {"pool": pool, **{key: value for key, value in change.items() if key in ("pool", "color_by")}}
+    arguments = {"record": pool, **{key: value for key, value in change.items() if key in ("record", "color_by")}}
     if "kept" in change:
-        arguments["pool"] = {**pool, "kept": change["kept"]}
+        arguments["record"] = {**pool, "kept": change["kept"]}
     with pytest.raises(ValueError, match=message):
         plot_eu_plane(**arguments)
+
+
+@pytest.fixture
+def frame(pool) -> pd.DataFrame:
+    """Two steps of a record, as `load_record` gives it."""
+    reason = ["fill" if filled else "quadrant" for filled in pool["filled"]]
+    columns = {name: pool[name] for name in ("perplexity", "entropy", "quadrant", "kept", "group")}
+    steps = []
+    for step in (1, 2):
+        thresholds = {name: value * step for name, value in pool["thresholds"].items()}
+        steps.append(pd.DataFrame({"step": step, **columns, "reason": reason, **thresholds}))
+    return pd.concat(steps, ignore_index=True)
+
+
+def test_a_record_is_drawn_as_the_pools_it_holds(pool, frame):
+    expected = list(zip(pool["entropy"], pool["perplexity"], pool["kept"], strict=True))
+    for record in (frame, Dataset.from_pandas(frame)):
+        axes = plot_eu_plane(record, color_by="group").axes[0]
+        assert sorted(points(axes)) == sorted(2 * expected)
+        lines = {line.get_ydata()[0] for line in axes.lines if line.get_ydata()[0] == line.get_ydata()[1]}
+        assert min(lines) == pytest.approx(1.5 * pool["thresholds"]["perplexity_low"])
+    with pytest.raises(ValueError, match="The record lacks kept, reason: give what `load_record` returns"):
+        plot_eu_plane(frame.drop(columns=["kept", "reason"]))
+    with pytest.raises(ValueError, match="The pool is empty"):
+        plot_eu_plane(frame.head(0))
+
+
+def test_shares_over_training_add_up_and_show_the_fill():
+    rows = {"q1": 2, "q2": 1, "q3": 3, "q4": 1, "between": 1, "filled": 1, "kept_samples": 4}
+    steps = pd.DataFrame([{"step": step, **rows} for step in range(1, 301)])
+    axes = plots.plot_shares(steps).axes[0]
+    assert len(axes.lines[0].get_xdata()) == 50
+    assert set(axes.lines[0].get_ydata()) == {0.25}
+    top = axes.collections[-1].get_paths()[0].vertices[:, 1]
+    assert top.max() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="scored no sample"):
+        plots.plot_shares(pd.DataFrame([{"step": 1, **dict.fromkeys(rows, 0)}]))
+
+
+def test_seconds_are_stacked_by_phase():
+    seconds = {"a": {"scoring": 1.0, "training": 2.0}, "b": {"scoring": 3.0, "training": 4.0}}
+    bars = plots.plot_seconds(seconds).axes[0].patches
+    ends = {(round(bar.get_y()), bar.get_x() + bar.get_width()) for bar in bars}
+    assert {(0, 3.0), (1, 7.0)} <= ends
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(pool, monkeypatch):

@@ -1,0 +1,453 @@
+"""
+The record: what each optimizer step decided about each sample, in Parquet, while the run goes on; and reading it back.
+
+    <output_dir>/qtuning_record/
+        run.json                            the run: processes, steps, configuration, versions
+        tokenizer/                          so that texts can be read without the model
+        part-<process>-<first>-<last>/      the steps `first` to `last` of one process, never changed afterwards
+            samples.parquet                 a row per scored sample and step
+            steps.parquet                   a row per step: counts and seconds (process 0)
+            texts.parquet                   the tokens of each sample, in the part in which it was seen first
+
+A part is written under a hidden name and renamed, so a killed run leaves whole parts only. It is on the disk before the
+checkpoint of its last step, so a resumed run cuts what lies beyond its checkpoint and leaves neither gap nor double.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .documents import IGNORE, KEPT_MASK, SAMPLE_ID, Document, answer_lengths
+from .method import SampleSelection
+from .record import COUNTS, PHASES, THRESHOLDS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+
+    from .trainer import QTuningSFTTrainer
+
+RECORD_NAME = "qtuning_record"
+FORMAT = 1
+PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)$")
+# A part is written when a checkpoint is due, and when one of these is reached: at most this much is lost in a kill.
+FLUSH_SECONDS = 30.0
+FLUSH_ROWS = 20_000
+# Texts are for people to read: of a larger training set a process records those that it sees first.
+MAX_TEXT_TOKENS = 32_000_000
+
+REASONS = ("quadrant", "fill", "trim")
+SAMPLES = pa.schema(
+    [
+        ("step", pa.int64()),
+        (SAMPLE_ID, pa.int64()),
+        ("process", pa.int32()),
+        ("perplexity", pa.float64()),
+        ("entropy", pa.float64()),
+        ("quadrant", pa.int8()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),
+        ("answer_tokens", pa.int32()),
+        ("kept_tokens", pa.int32()),
+        ("seconds", pa.float64()),
+        ("group", pa.string()),
+        (KEPT_MASK, pa.list_(pa.bool_())),
+        *((name, pa.float64()) for name in THRESHOLDS),
+    ]
+)
+STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        *((name, pa.int64()) for name in COUNTS),
+        *((name, pa.float64()) for name in (*THRESHOLDS, "pool_nll", "pool_entropy")),
+        *((f"seconds_{phase}", pa.float64()) for phase in PHASES),
+    ]
+)
+TEXTS = pa.schema([(SAMPLE_ID, pa.int64()), ("input_ids", pa.list_(pa.int32())), ("answer", pa.list_(pa.bool_()))])
+TABLES = {"samples": SAMPLES, "steps": STEPS, "texts": TEXTS}
+
+
+# Parts: folders that are written once
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """The steps `first` to `last` that a process recorded."""
+
+    process: int
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"part-{self.process:05d}-{self.first:08d}-{self.last:08d}"
+
+    def path(self, folder: Path, table: str) -> Path:
+        return folder / str(self) / f"{table}.parquet"
+
+
+def list_parts(folder: Path) -> list[Part]:
+    """The parts of a record by process and step; of two that begin together (a cut was interrupted) the shorter one."""
+    names = [match for match in map(PART.match, os.listdir(folder)) if match]
+    parts: dict[tuple[int, int], Part] = {}
+    for part in sorted(Part(*map(int, match.groups())) for match in names):
+        parts.setdefault((part.process, part.first), part)
+    return list(parts.values())
+
+
+def write_part(folder: Path, part: Part, tables: dict[str, pa.Table]) -> None:
+    """Write the tables that have rows; the part is there whole or not at all."""
+    temporary = folder / f".{part}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, table in tables.items():
+        if len(table):
+            with open(temporary / f"{name}.parquet", "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+    _sync_folder(temporary)
+    temporary.rename(folder / str(part))
+    _sync_folder(folder)
+
+
+def cut_after(folder: Path, step: int, parts: Iterable[Part]) -> None:
+    """Remove what these parts hold beyond a step; the latest first, so that an interruption leaves no gap."""
+    for part in sorted(parts, reverse=True):
+        if part.last <= step:
+            continue
+        if part.first <= step:
+            tables = {name: _read(part.path(folder, name), schema) for name, schema in TABLES.items()}
+            for name in ("samples", "steps"):
+                tables[name] = tables[name].filter(pc.field("step") <= step)
+            write_part(folder, Part(part.process, part.first, step), tables)
+        hidden = folder / f".{part}"
+        (folder / str(part)).rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table of a part; an empty one if the part has none."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is gone: the run was started again meanwhile; read its record anew.")
+    if not path.is_file():
+        return schema.empty_table()
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} is no Parquet file that a run wrote ({type(error).__name__}): remove its folder to read the rest."
+        ) from error
+
+
+# Writing
+
+
+class SampleRecorder(TrainerCallback):
+    """
+    Appends what each step decided to the record in the output directory.
+
+    The trainer hands over each group of candidates (`add`); the end of the optimizer step completes them. It draws no
+    random number and changes nothing that is trained on.
+
+    Args:
+        trainer ([`QTuningSFTTrainer`]): The trainer; its `run_record` knows the step's counts and seconds.
+    """
+
+    def __init__(self, trainer: "QTuningSFTTrainer"):
+        self.trainer = trainer
+        self._seen: set[int] = set()
+        self._text_tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._groups: list[dict[str, Any]] = []  # of the step that is under way
+        self._samples: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._rows = 0
+        self._written = time.monotonic()
+
+    def add(
+        self,
+        group: list[Document],
+        perplexity: Tensor,
+        entropy: Tensor,
+        selection: SampleSelection,
+        survivors: list[Document],
+    ) -> None:
+        """
+        Take in a group of candidates that were compared with each other.
+
+        Args:
+            group (`list[Document]`): The candidates.
+            perplexity, entropy (`Tensor` of shape `(samples,)`): Their place on the EU plane; entropy in nats.
+            selection ([`SampleSelection`]): What stage 1 decided about them.
+            survivors (`list[Document]`): Those it kept, in order, as stage 2 left them.
+        """
+        kept = selection.keep.nonzero().flatten().tolist()
+        kept_tokens = np.zeros(len(group), dtype=np.int32)
+        kept_tokens[kept] = answer_lengths(survivors)
+        masks: list[np.ndarray | None] = [None] * len(group)
+        share = self.trainer.args.record_tokens
+        for index, survivor in zip(kept, survivors, strict=True):
+            if KEPT_MASK in survivor and is_sampled(survivor[SAMPLE_ID], share):
+                masks[index] = survivor[KEPT_MASK]
+        self._groups.append(
+            {
+                SAMPLE_ID: [document[SAMPLE_ID] for document in group],
+                "perplexity": perplexity.tolist(),
+                "entropy": entropy.tolist(),
+                "quadrant": selection.quadrant.tolist(),
+                "kept": selection.keep.tolist(),
+                "reason": [REASONS[code] for code in (selection.filled + 2 * selection.trimmed.int()).tolist()],
+                "answer_tokens": answer_lengths(group),
+                "kept_tokens": kept_tokens.tolist(),
+                "group": [None if document.get("group") is None else str(document["group"]) for document in group],
+                KEPT_MASK: masks,
+                **{name: getattr(selection, name) for name in THRESHOLDS},
+            }
+        )
+        for document in group:
+            if document[SAMPLE_ID] not in self._seen and self._text_tokens < MAX_TEXT_TOKENS:
+                self._seen.add(document[SAMPLE_ID])
+                self._text_tokens += len(document["input_ids"])
+                answer = document["labels"] != IGNORE
+                answer[:1] = False  # nothing predicts the first token
+                self._texts[document[SAMPLE_ID]] = document["input_ids"].astype(np.int32), answer
+
+    # Events of the trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.folder = Path(args.output_dir, RECORD_NAME)
+        self.process = args.process_index
+        self._clear()
+        self._seen, self._text_tokens = set(), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # With fewer processes than before, the parts of the others have a keeper too.
+        processes = self.trainer.accelerator.num_processes
+        own = [part for part in list_parts(self.folder) if part.process % processes == self.process]
+        cut_after(self.folder, state.global_step, own)
+        for part in list_parts(self.folder):
+            if part.process == self.process:
+                texts = _read(part.path(self.folder, "texts"), TEXTS)
+                self._seen.update(texts[SAMPLE_ID].to_pylist())
+                self._text_tokens += pc.sum(pc.list_value_length(texts["input_ids"])).as_py() or 0
+        if state.is_world_process_zero:
+            self._write_run(state)
+
+    def _write_run(self, state: Any) -> None:
+        summary = self.trainer.summary()
+        facts = {
+            "format": FORMAT,
+            "model": self.trainer.model.config._name_or_path,
+            "max_steps": state.max_steps,
+            "resumed_from": state.global_step,
+            **{name: summary[name] for name in ("num_processes", "config", "versions")},
+        }
+        temporary = self.folder / ".run.json"
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.folder / "run.json")
+        self.trainer._tokenizer.save_pretrained(self.folder / "tokenizer")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        record = self.trainer.run_record
+        record.on_step_end(args, state, control)  # of no effect if it was called before, as it is in most runs
+        step = record.last_step
+        for group in self._groups:
+            group |= {"step": state.global_step, "seconds": step["seconds_selecting"]}
+            self._rows += len(group[SAMPLE_ID])
+        self._samples += self._groups
+        self._groups = []
+        self._steps.append({**step, "step": state.global_step})
+        waited = time.monotonic() - self._written
+        if control.should_save or self._rows >= FLUSH_ROWS or waited >= FLUSH_SECONDS:
+            self.flush()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.flush()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.flush()  # where another callback asked for the checkpoint after this one was called
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken in since the last part, if anything."""
+        if not self._steps:
+            return
+        first, last = self._steps[0]["step"], self._steps[-1]["step"]
+        steps = self._steps if self.process == 0 else []
+        tables = {
+            "samples": self._samples_table(),
+            "steps": pa.Table.from_pylist([{name: row.get(name) for name in STEPS.names} for row in steps], STEPS),
+            "texts": pa.table(
+                [
+                    pa.array(self._texts.keys(), pa.int64()),
+                    pa.array([ids for ids, _ in self._texts.values()], TEXTS.field("input_ids").type),
+                    pa.array([answer for _, answer in self._texts.values()], TEXTS.field("answer").type),
+                ],
+                schema=TEXTS,
+            ),
+        }
+        self._clear()
+        write_part(self.folder, Part(self.process, first, last), tables)
+
+    def _samples_table(self) -> pa.Table:
+        columns = {}
+        for field in SAMPLES:
+            values: list[Any] = []
+            for group in self._samples:
+                value = self.process if field.name == "process" else group[field.name]
+                # What is one value for the whole group is repeated for each of its samples.
+                values.extend(value if isinstance(value, list) else [value] * len(group[SAMPLE_ID]))
+            columns[field.name] = pa.array(values, field.type)
+        return pa.table(columns, schema=SAMPLES)
+
+
+def is_sampled(sample_id: int, share: float) -> bool:
+    """Whether a sample belongs to a share of all samples: the same ones at every step, on every process."""
+    # Multiplying by the golden ratio (Knuth) spreads neighbouring ids evenly.
+    return (sample_id * 0x9E3779B97F4A7C15) % 2**64 < share * 2**64
+
+
+# Reading
+
+
+class RecordReader:
+    """
+    A run's record as far as all its processes have written it: the run may be over, going on, or crashed.
+
+    Args:
+        path (`str` or `Path`): The run's output directory, or the folder `qtuning_record` in it.
+
+    Raises:
+        `ValueError`: If there is no record, or it is not one of ours.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{str(path)!r} is no folder: give the `output_dir` of a run.")
+        self.folder = path if (path / "run.json").is_file() else path / RECORD_NAME
+        try:
+            self.run: dict[str, Any] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            found = self.run["format"]
+        except FileNotFoundError:
+            raise ValueError(
+                f"{str(path)!r} holds no record ({RECORD_NAME}/run.json): give the `output_dir` of a run that was "
+                "trained with `record: true`."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{str(self.folder / 'run.json')!r} was not written by qtuning-trl: give a run's `output_dir`."
+            ) from None
+        if found != FORMAT:
+            raise ValueError(
+                f"{str(self.folder)!r} has format {found} and this version of qtuning-trl reads {FORMAT}: read it with "
+                "the version that wrote it."
+            )
+        self.parts = list_parts(self.folder)
+        last = dict.fromkeys(range(self.run["num_processes"]), self.run["resumed_from"])
+        for part in self.parts:
+            if part.process in last:
+                last[part.process] = max(last[part.process], part.last)
+        self.last_step = min(last.values())  # each process writes when it likes: beyond it, some have not yet
+
+    def samples(self) -> pa.Table:
+        """A row per scored sample and step (see [`load_record`]), in order of step and process."""
+        return self._steps_of("samples").sort_by([("step", "ascending"), ("process", "ascending")])
+
+    def steps(self) -> pa.Table:
+        """A row per optimizer step: counts over all processes, mean thresholds, and the seconds of process 0."""
+        return self._steps_of("steps").sort_by("step")
+
+    def texts(self, sample_ids: Iterable[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """
+        Tokens of some samples, as far as they were recorded.
+
+        Returns:
+            `dict`: By sample id, `input_ids` and which of them belong to the answer; arrays of shape `(tokens,)`.
+        """
+        wanted = pa.array(sorted(set(sample_ids)), pa.int64())
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for part in self.parts:
+            table = _read(part.path(self.folder, "texts"), TEXTS)
+            table = table.filter(pc.is_in(table[SAMPLE_ID], wanted))
+            for sample_id, ids, answer in zip(*(table[name] for name in TEXTS.names), strict=True):
+                found[sample_id.as_py()] = ids.values.to_numpy(), answer.values.to_numpy(zero_copy_only=False)
+        return found
+
+    def tokenizer(self) -> Any:
+        """The run's tokenizer; `None` if it cannot be loaded without code from elsewhere."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError):
+            return None
+
+    def _steps_of(self, name: str) -> pa.Table:
+        tables = [TABLES[name].empty_table()]
+        tables += [_read(part.path(self.folder, name), TABLES[name]) for part in self.parts]
+        return pa.concat_tables(tables, promote_options="default").filter(pc.field("step") <= self.last_step)
+
+
+def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataFrame":
+    """
+    What a run decided about each sample, step by step.
+
+    - `step`: optimizer step, from 1.
+    - `sample_id`: row number of the training set, or a hash of the tokens where rows have none (streams, packing).
+    - `process`: the process that held the sample.
+    - `perplexity`, `entropy`: its place on the EU plane; the entropy in nats.
+    - `quadrant`: 1 to 4 for Q1 to Q4, 0 for between the thresholds.
+    - `kept`: whether it was trained on.
+    - `reason`: what decided that. `quadrant`: where it lies (Q2 and Q4 are kept); `fill`: kept although it lies
+      elsewhere, to reach the budget; `trim`: dropped although in Q2 or Q4, to meet the budget.
+    - `answer_tokens`, `kept_tokens`: tokens of its answer, and how many of them were trained on.
+    - `seconds`: what selecting took this process in that step.
+    - `group`: its value of `group_column`, as text.
+    - `kept_mask`: which answer tokens were kept, where stage 2 pruned some and `record_tokens` covers the sample.
+    - `perplexity_low`, `perplexity_high`, `entropy_low`, `entropy_high`: thresholds among those it was compared with.
+
+    Args:
+        path (`str` or `Path`): The run's output directory, or the folder `qtuning_record` in it. The run may be over,
+            still going, or crashed; rows that some process has not written yet are left out.
+        as_frame (`bool`): Give a pandas frame instead.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~pandas.DataFrame`]: A row per scored sample and step. Empty if the run keeps
+        everything, which scores nothing.
+
+    Raises:
+        `ValueError`: If there is no record, or it is not one of ours.
+    """
+    table = RecordReader(path).samples()
+    if as_frame:
+        return table.to_pandas()
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(table))
