@@ -149,7 +149,7 @@ def plot_shares(steps: Any) -> "Figure":
         `ImportError`: If matplotlib is not installed.
         `ValueError`: If no step scored anything.
     """
-    names = {1: "q1", 2: "q2", 0: "between", 4: "q4", 3: "q3"}
+    names = {3: "q3", 4: "q4", 0: "between", 2: "q2", 1: "q1"}
     sums = steps.groupby((steps["step"] - 1) * min(len(steps), 50) // max(len(steps), 1)).agg(
         {"step": "mean", "filled": "sum", "kept_samples": "sum", **dict.fromkeys(names.values(), "sum")}
     )
@@ -168,7 +168,7 @@ def plot_shares(steps: Any) -> "Figure":
     axes.plot(sums["step"], sums["filled"] / sums["kept_samples"], color="black", linewidth=1.4, label="fill, of kept")
     axes.set(xlabel="optimizer step", ylabel="share", ylim=(0, 1), title="Quadrants over training")
     axes.margins(x=0)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, reverse=True)
     return figure
 
 

@@ -149,11 +149,11 @@ def _state(reader: RecordReader) -> str:
 
 def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFrame") -> dict[str, Any]:
     """Totals of a run so far, under the names of `qtuning_summary.json`, from the record alone."""
-    config = reader.run["config"]
+    config, model = reader.run["config"], reader.run["model"]
     total = {name: int(steps[name].sum()) for name in steps.columns if steps[name].dtype.kind == "i"}
     pruned = samples[samples["kept"] & (samples["kept_tokens"] < samples["answer_tokens"])]
     return {
-        "model": reader.run["model"],
+        "model": Path(model).name if Path(model).is_absolute() else model,  # pages are shared: no folders of this machine
         "num_processes": reader.run["num_processes"],
         "steps": len(steps),
         "sample_ratio": config["sample_ratio"],
