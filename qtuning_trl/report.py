@@ -153,7 +153,8 @@ def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFram
     total = {name: int(steps[name].sum()) for name in steps.columns if steps[name].dtype.kind == "i"}
     pruned = samples[samples["kept"] & (samples["kept_tokens"] < samples["answer_tokens"])]
     return {
-        "model": Path(model).name if Path(model).is_absolute() else model,  # pages are shared: no folders of this machine
+        # Pages are passed on: none shows the folders of this machine.
+        "model": Path(model).name if Path(model).is_absolute() else model,
         "num_processes": reader.run["num_processes"],
         "steps": len(steps),
         "sample_ratio": config["sample_ratio"],

@@ -306,7 +306,7 @@ def test_the_page_shows_what_its_data_says(browser, run, full_run, tmp_path):
     change = "const [id, value, event] = arguments, x = byId(id); x.value = value; x.dispatchEvent(new Event(event))"
     text = browser.find_element(By.ID, "budget").text
     assert "finished, 6 steps" in text
-    assert f"{first['facts']['kept']} / {first['facts']['candidates']}" in text
+    assert f"{first['facts']['kept']}\nsamples kept of {first['facts']['candidates']} candidates" in text
     assert "50%\nof the samples kept (asked: 50%)" in text
     cards = browser.find_elements(By.CSS_SELECTOR, "#budget .card")
     assert [card.location["y"] for card in cards] == [cards[0].location["y"]] * 2  # side by side
