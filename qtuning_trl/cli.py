@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
+    subparsers.add_parser("score", add_help=False, help="score a data set, without training: qtuning score --help")
     subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
     argv = list(sys.argv[1:] if argv is None else argv)
     # The command's own options are its own parser's business; building that one takes seconds.
@@ -44,22 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .scripts import compare
 
             return compare.main(argv[1:])
-    return sft(argv[1:])
+    return run_script(arguments.command, argv[1:])
 
 
-def sft(argv: Sequence[str]) -> int:
-    """`qtuning sft`: check everything that can be checked before, then train under `accelerate launch`."""
+def run_script(name: str, argv: Sequence[str]) -> int:
+    """`qtuning sft` or `score`: check everything that can be checked before, then run it under `accelerate launch`."""
     argv = take_traceback_flag(argv)
     with exit_on_error(BAD_INPUT):
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-        from .scripts.sft import MODULE, parse
-
-        parsed = parse(argv, prog="qtuning sft")
+        script = import_module(f"{__package__}.scripts.{name}")
+        parsed = script.parse(argv, prog=f"qtuning {name}")
         launch_args = resolve_accelerate_config_argument(
             ["--accelerate_config" if arg == "--accelerate-config" else arg for arg in parsed.launch_args]
         )
-        return launch([*launch_args, "--module", MODULE, *parsed.script_args])
+        return launch([*launch_args, "--module", script.MODULE, *parsed.script_args])
 
 
 def launch(arguments: Sequence[str]) -> int:
