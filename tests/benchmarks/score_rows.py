@@ -1,0 +1,124 @@
+"""
+`qtuning score` on data sets of growing size: rows a second, and the peak memory of the process.
+
+A tiny model (that of tests/conftest.py), short rows, one process, one thread. Memory is told apart by Linux: anonymous
+memory is what the process has asked for; pages of mapped files are the kernel's to take back.
+
+    python tests/benchmarks/score_rows.py --rows 10000 100000 1000000 --json score_rows.json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from qtuning_trl.record import versions
+
+
+def make_model(folder: Path) -> None:
+    from conftest import save_tokenizer, tiny_llama
+
+    save_tokenizer(folder)
+    tiny_llama().save_pretrained(folder)
+
+
+def make_rows(file: Path, rows: int) -> None:
+    """Rows as those of the tests, written in blocks: prompts of 2 to 7 tokens, answers of 4 to 16."""
+    from conftest import prompt_completion_rows
+
+    with file.open("w") as out:
+        for block in range(0, rows, 10_000):
+            for row in prompt_completion_rows(min(10_000, rows - block), seed=block):
+                out.write(json.dumps(row) + "\n")
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Anonymous memory and mapped files of a process, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return {name: int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+def measure(folder: Path, rows: int) -> dict[str, float]:
+    """Run `qtuning score` on so many rows: seconds of each phase, and the peaks of memory in bytes."""
+    work = folder / f"{rows}"
+    work.mkdir()
+    make_rows(work / "data.jsonl", rows)
+    output, partial = work / "scored.parquet", work / "scored.parquet.partial"
+    command = [
+        sys.executable, "-m", "qtuning_trl.scripts.score", "--model", str(folder / "model"), "--dataset",
+        str(work / "data.jsonl"), "--budget", "25x50", "--output", str(output), "--use_cpu", "--bf16", "false",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(work / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    start, marks, peak = time.perf_counter(), {}, {"RssAnon": 0, "RssFile": 0}
+    with (work / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            for name, mark in (("settings.json", "prepared"), ("rows.arrow", "scored")):
+                if mark not in marks and (partial / name).exists():
+                    marks[mark] = time.perf_counter() - start
+            try:
+                now = memory(process.pid)
+            except OSError:
+                break
+            peak = {name: max(peak[name], now[name]) for name in peak}
+            time.sleep(0.05)
+        if process.wait() != 0:
+            raise RuntimeError((work / "log.txt").read_text()[-3000:])
+    end = time.perf_counter() - start
+    size = output.stat().st_size
+    shutil.rmtree(work)
+    return {
+        "rows": rows,
+        "seconds preparing": marks["prepared"],
+        "seconds scoring": marks["scored"] - marks["prepared"],
+        "seconds writing": end - marks["scored"],
+        "peak anonymous bytes": peak["RssAnon"],
+        "peak mapped bytes": peak["RssFile"],
+        "result bytes": size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder, "model"))
+        results = []
+        for rows in arguments.rows:
+            results.append(measure(Path(folder), rows))
+            print(results[-1], flush=True)
+    table = Table("rows", "preparing", "scoring", "rows/s scoring", "writing", "peak anonymous", "peak mapped")
+    for result in results:
+        table.add_row(
+            f"{result['rows']:,}",
+            *(f"{result[f'seconds {phase}']:.0f} s" for phase in ("preparing", "scoring")),
+            f"{result['rows'] / result['seconds scoring']:,.0f}",
+            f"{result['seconds writing']:.0f} s",
+            *(f"{result[f'peak {kind} bytes'] / 2**20:,.0f} MiB" for kind in ("anonymous", "mapped")),
+        )
+    Console().print(table)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"results": results, "versions": versions()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
