@@ -454,14 +454,15 @@ def write_rows(tables: Iterable[pa.Table], features: Features, output: Path, for
         shutil.rmtree(result)
     with pa.OSFile(str(rows_file), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
         for table in tables:
-            writer.write_table(table)
+            # One record batch, and not one of each row: that is how rows come that were gathered by their numbers.
+            writer.write_table(table.combine_chunks())
     dataset = Dataset.from_file(str(rows_file))
     if form == "dataset":
         dataset.save_to_disk(result)
     elif form == "parquet":
         dataset.to_parquet(result)
     else:
-        dataset.to_json(result, lines=True)
+        dataset.to_json(result, lines=True, double_precision=15)  # 10 by default
     output.parent.mkdir(parents=True, exist_ok=True)
     os.replace(result, output)
     return dataset

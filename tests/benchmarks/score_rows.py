@@ -24,6 +24,8 @@ from rich.table import Table
 
 from qtuning_trl.record import versions
 
+PHASES = ("preparing", "scoring", "writing")
+
 
 def make_model(folder: Path) -> None:
     from conftest import save_tokenizer, tiny_llama
@@ -66,31 +68,30 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    start, marks, peak = time.perf_counter(), {}, {"RssAnon": 0, "RssFile": 0}
+    start, marks = time.perf_counter(), {"preparing": 0.0}
+    peaks: dict[str, dict[str, int]] = {}
     with (work / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
-            for name, mark in (("settings.json", "prepared"), ("rows.arrow", "scored")):
-                if mark not in marks and (partial / name).exists():
-                    marks[mark] = time.perf_counter() - start
+            for name, phase in (("settings.json", "scoring"), ("rows.arrow", "writing")):
+                if phase not in marks and (partial / name).exists():
+                    marks[phase] = time.perf_counter() - start
+            peak = peaks.setdefault(list(marks)[-1], {"RssAnon": 0, "RssFile": 0})
             try:
-                now = memory(process.pid)
+                peak |= {name: max(peak[name], value) for name, value in memory(process.pid).items()}
             except OSError:
                 break
-            peak = {name: max(peak[name], now[name]) for name in peak}
             time.sleep(0.05)
         if process.wait() != 0:
             raise RuntimeError((work / "log.txt").read_text()[-3000:])
-    end = time.perf_counter() - start
+    ends = [*list(marks.values())[1:], time.perf_counter() - start]
     size = output.stat().st_size
     shutil.rmtree(work)
     return {
         "rows": rows,
-        "seconds preparing": marks["prepared"],
-        "seconds scoring": marks["scored"] - marks["prepared"],
-        "seconds writing": end - marks["scored"],
-        "peak anonymous bytes": peak["RssAnon"],
-        "peak mapped bytes": peak["RssFile"],
+        **{f"seconds {phase}": end - marks[phase] for phase, end in zip(PHASES, ends, strict=True)},
+        **{f"peak anonymous bytes {phase}": peaks[phase]["RssAnon"] for phase in PHASES},
+        "peak mapped bytes": max(peak["RssFile"] for peak in peaks.values()),
         "result bytes": size,
     }
 
@@ -106,14 +107,14 @@ def main() -> None:
         for rows in arguments.rows:
             results.append(measure(Path(folder), rows))
             print(results[-1], flush=True)
-    table = Table("rows", "preparing", "scoring", "rows/s scoring", "writing", "peak anonymous", "peak mapped")
+    table = Table("rows", *PHASES, "rows/s scoring", *(f"memory {phase}" for phase in PHASES), "mapped")
     for result in results:
         table.add_row(
             f"{result['rows']:,}",
-            *(f"{result[f'seconds {phase}']:.0f} s" for phase in ("preparing", "scoring")),
+            *(f"{result[f'seconds {phase}']:.0f} s" for phase in PHASES),
             f"{result['rows'] / result['seconds scoring']:,.0f}",
-            f"{result['seconds writing']:.0f} s",
-            *(f"{result[f'peak {kind} bytes'] / 2**20:,.0f} MiB" for kind in ("anonymous", "mapped")),
+            *(f"{result[f'peak anonymous bytes {phase}'] / 2**20:,.0f} MiB" for phase in PHASES),
+            f"{result['peak mapped bytes'] / 2**20:,.0f} MiB",
         )
     Console().print(table)
     if arguments.json is not None:
