@@ -5,9 +5,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+# Commands that run in this process; the others are launched through accelerate.
+MODULES = {"compare": ".scripts.compare", "report": ".report"}
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
+    subparsers.add_parser("score", add_help=False, help="score a data set, without training: qtuning score --help")
     subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
     subparsers.add_parser("report", add_help=False, help="show what runs kept: qtuning report RUN [RUN ...]")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -39,34 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
-    if arguments.command == "compare":
+    if arguments.command in MODULES:
         argv = take_traceback_flag(argv)
         with exit_on_error(BAD_INPUT):
-            from .scripts import compare
-
-            return compare.main(argv[1:])
-    if arguments.command == "report":
-        argv = take_traceback_flag(argv)
-        with exit_on_error(BAD_INPUT):
-            from . import report
-
-            return report.main(argv[1:])
-    return sft(argv[1:])
+            return import_module(MODULES[arguments.command], __package__).main(argv[1:])
+    return run_script(arguments.command, argv[1:])
 
 
-def sft(argv: Sequence[str]) -> int:
-    """`qtuning sft`: check everything that can be checked before, then train under `accelerate launch`."""
+def run_script(name: str, argv: Sequence[str]) -> int:
+    """`qtuning sft` or `score`: check everything that can be checked before, then run it under `accelerate launch`."""
     argv = take_traceback_flag(argv)
     with exit_on_error(BAD_INPUT):
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-        from .scripts.sft import MODULE, parse
-
-        parsed = parse(argv, prog="qtuning sft")
+        script = import_module(f"{__package__}.scripts.{name}")
+        parsed = script.parse(argv, prog=f"qtuning {name}")
         launch_args = resolve_accelerate_config_argument(
             ["--accelerate_config" if arg == "--accelerate-config" else arg for arg in parsed.launch_args]
         )
-        return launch([*launch_args, "--module", MODULE, *parsed.script_args])
+        return launch([*launch_args, "--module", script.MODULE, *parsed.script_args])
 
 
 def launch(arguments: Sequence[str]) -> int:

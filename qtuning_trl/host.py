@@ -8,11 +8,12 @@ What is leant on in TRL and transformers beyond their documented hooks, wrapped 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl.kernels.chunked_logprob as trl_head_kernel
 import trl.trainer.utils as trl_head
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -165,3 +166,39 @@ def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def load_scored_model(
+    name: str, adapter: str | None, quantization: Any, init_kwargs: dict[str, Any], args: QTuningSFTConfig
+) -> PreTrainedModel:
+    """
+    A model that is only scored by, loaded as `SFTTrainer` loads the one it trains, with an adapter if one is named.
+
+    A quantized model without an adapter gets an untrained LoRA of rank 1 on one layer, which changes no value:
+    `Trainer` takes no quantized model that it could not train.
+
+    Leans on `trl.trainer.utils.create_model_from_path`, and on how `SFTTrainer.__init__` calls it.
+
+    Raises:
+        `ValueError`: If the adapter cannot be loaded.
+    """
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **init_kwargs}
+    if quantization is not None:
+        init_kwargs["quantization_config"] = quantization
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init_kwargs["device_map"] = None
+    model = trl_head.create_model_from_path(name, **init_kwargs)
+    if adapter is not None:
+        try:
+            return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter))
+        except (OSError, ValueError, RuntimeError) as error:
+            cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+            raise ValueError(
+                f"`adapter` is {adapter!r}, which cannot be loaded on {name!r} ({cause}): give a folder or a name that "
+                "holds an adapter_config.json, and the model it was trained on."
+            ) from error
+    if quantization is None:
+        return model
+    linear = (layer for layer, module in model.named_modules() if type(module).__name__.startswith("Linear"))
+    untrained = LoraConfig(r=1, target_modules=[next(layer for layer in linear if not layer.endswith("lm_head"))])
+    return cast(PreTrainedModel, get_peft_model(model, untrained))

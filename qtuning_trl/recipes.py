@@ -164,7 +164,7 @@ class RecipeParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `ValueError` where argparse would print the usage of 200 options and exit."""
-        raise ValueError(f"{message.rstrip('.')}; `qtuning sft --help` explains each option.")
+        raise ValueError(f"{message.rstrip('.')}; `{self.prog} --help` explains each option.")
 
     def parse(self, argv: Sequence[str]) -> Parsed:
         """
@@ -224,7 +224,7 @@ class RecipeParser(TrlParser):
         matches = difflib.get_close_matches(name, known, n=1)
         if name in RENAMED or matches:
             return f"did you mean `{dashes}{RENAMED.get(name) or matches[0]}`?"
-        return "`qtuning sft --help` lists those there are."
+        return f"`{self.prog} --help` lists those there are."
 
     def _refuse_unknown_options(self, extras: list[str], launch_actions: dict[str, argparse.Action]) -> None:
         """Refuse what neither the dataclasses nor `accelerate launch` take; each option comes with its own values."""

@@ -26,9 +26,8 @@ def quiet():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory) -> str:
-    """A tokenizer with one token a character; saved, so that it is loaded as a user's would be."""
+def save_tokenizer(path) -> None:
+    """A tokenizer with one token a character."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
@@ -37,8 +36,14 @@ def tokenizer_dir(tmp_path_factory) -> str:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     fast.chat_template = CHAT_TEMPLATE
-    path = tmp_path_factory.mktemp("tiny") / "tokenizer"
     fast.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> str:
+    """The tokenizer, saved, so that it is loaded as a user's would be."""
+    path = tmp_path_factory.mktemp("tiny") / "tokenizer"
+    save_tokenizer(path)
     return str(path)
 
 

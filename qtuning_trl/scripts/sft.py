@@ -55,7 +55,7 @@ class QTuningScriptArguments(ScriptArguments):
 def make_parser(prog: str | None = None) -> RecipeParser:
     """The parser of the four groups of options. A recipe changes its defaults, so make one for each parse."""
     types = (QTuningScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
-    return RecipeParser(types, prog=prog, description=__doc__.strip().split("\n")[0], epilog=EPILOG)
+    return RecipeParser(types, prog=prog or "qtuning sft", description=__doc__.strip().split("\n")[0], epilog=EPILOG)
 
 
 def parse(argv: Sequence[str], prog: str | None = None) -> Parsed:
@@ -143,12 +143,7 @@ def build_trainer(
     # run, must draw the same split.
     set_seed(training_args.seed)
     model = find_model(model_args, training_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **dict(training_args.model_init_kwargs or {}),  # type: ignore[arg-type]
-    }
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     if dataset_args.datasets and script_args.dataset_name:
         logger.warning(
             f"`dataset_name` is {script_args.dataset_name!r} and `datasets` is given too: as in TRL, `datasets` is "
@@ -168,6 +163,16 @@ def build_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def model_init_kwargs(model_args: ModelConfig, training_args: QTuningSFTConfig) -> dict[str, Any]:
+    """How to load the model: TRL's options for it, and over them those of `model_init_kwargs`."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **dict(training_args.model_init_kwargs or {}),  # type: ignore[arg-type]
+    }
 
 
 def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
