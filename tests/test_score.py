@@ -15,7 +15,7 @@ from conftest import prompt_completion_rows
 from datasets import Dataset, load_dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from test_trainer import COMMON, lora
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import cli
@@ -412,6 +412,17 @@ def test_only_kept_rows_with_the_columns_another_trainer_takes(tmp_path, model_d
         output = tmp_path / f"{columns}.jsonl"
         run(model_dir, data, output, "--kept_only", "true", "--columns", columns)
         assert_same_rows(read(output), kept.select_columns(names))
+
+
+def test_a_folder_of_the_three_columns_goes_through_a_padding_collator_as_it_is(tmp_path, model_dir, data):
+    """How LLaMA-Factory reads `tokenized_path`: all columns go into a subclass of this collator."""
+    run(model_dir, data, tmp_path / "kept", "--kept_only", "--columns", "tokens")
+    rows = [dict(row) for row in load_from_disk(str(tmp_path / "kept"))]
+    batch = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_dir))([dict(row) for row in rows])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    for row, labels, mask in zip(rows, batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True):
+        assert [label for label in labels if label != -100] == [label for label in row["labels"] if label != -100]
+        assert sum(mask) == len(row["input_ids"])
 
 
 def test_plain_sft_trainer_trains_on_the_result_and_counts_exactly_the_kept_tokens(tmp_path, model_dir, data):
