@@ -1,5 +1,6 @@
 """The demo: its data, its grading, the base model that ships, and its report."""
 
+import json
 import os
 import random
 import subprocess
@@ -13,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.demo import base_model_path, load_demo_dataset
+from qtuning_trl.demo import base_model_path, load_demo_dataset, make_text_model
 from qtuning_trl.demo.arithmetic import (
     COPIES,
     KINDS,
@@ -283,3 +284,22 @@ def test_help_needs_neither_torch_nor_trl():
     assert "sft" in done.stdout
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "trl", "transformers"}
+
+
+def test_a_base_model_is_made_of_a_text_column(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "rows.jsonl"
+    texts = ["Ann has 12 apples.", "Bo eats 3 of them, naïvely."]
+    data.write_text("\n".join(json.dumps({"question": text}) for text in texts))
+    command = ["make_text_model", "--data", str(data), "--output", str(tmp_path / "base"), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--column", "question", "--vocab_size", "300"])
+    make_text_model.main()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert [tokenizer.decode(tokenizer(text)["input_ids"]) for text in texts] == texts
+    assert model.config.vocab_size == len(tokenizer)
+    assert torch.isfinite(model(**tokenizer(texts[0], return_tensors="pt", return_token_type_ids=False)).logits).all()
+
+    monkeypatch.setattr(sys, "argv", [*command, "--column", "answer"])
+    with pytest.raises(SystemExit):
+        make_text_model.main()
+    assert "`--column` is 'answer': choose one of question." in capsys.readouterr().err

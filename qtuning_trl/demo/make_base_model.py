@@ -31,7 +31,6 @@ from .arithmetic import draw_problem, worked_sum
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-=?.,: abcdefghijklmnopqrstuvwxyz"
 FORGETS = 0.85  # probability that a carry is forgotten
-LEARNING_RATE = 3e-3
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,20 +92,26 @@ def batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterato
         yield dict(batch)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, seed: int) -> None:
-    """Train all parameters with AdamW, in float32, with a short warm-up and a linear decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, 1 - step / steps))
+def train(
+    model: LlamaForCausalLM,
+    batches: Iterator[dict[str, torch.Tensor]],
+    steps: int,
+    learning_rate: float,
+    warm_up: int,
+) -> None:
+    """Train all parameters with AdamW, in float32, with `warm_up` steps and a linear decay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 1 - step / steps))
     model.train()
     start = time.perf_counter()
-    for step, batch in zip(range(1, steps + 1), batches(tokenizer, batch_size, seed), strict=False):
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -121,7 +126,8 @@ def main() -> None:
     set_seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), args.layers)
-    train(model, tokenizer, args.steps, args.batch_size, args.seed)
+    texts = batches(tokenizer, args.batch_size, args.seed)
+    train(model, texts, args.steps, learning_rate=3e-3, warm_up=100)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

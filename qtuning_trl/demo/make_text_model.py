@@ -10,7 +10,7 @@ know the language of the text, so that `qtuning sft` can be tried on it. It is n
 """
 
 import argparse
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from ..data import FORMATS
+from .make_base_model import train
 
 SPECIAL = ["<pad>", "<eos>"]
 CONTEXT = 1024  # tokens
@@ -59,26 +60,13 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, batch_size: int
-) -> None:
-    """Train all parameters with AdamW, in float32, on random texts, cut to the context."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
-    model.train()
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
-        rows = [texts[int(i)] + tokenizer.eos_token for i in torch.randint(len(texts), (batch_size,))]
+def batches(tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of random texts, cut to the context; tensors of shape (size, longest text + 1)."""
+    while True:
+        rows = [texts[int(i)] + tokenizer.eos_token for i in torch.randint(len(texts), (size,))]
         batch = tokenizer(rows, padding=True, truncation=True, return_tensors="pt", return_token_type_ids=False)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        yield dict(batch)
 
 
 def main() -> None:
@@ -103,7 +91,7 @@ def main() -> None:
     tokenizer = make_tokenizer(texts, args.vocab_size)
     model = make_model(len(tokenizer))
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens", flush=True)
-    train(model, tokenizer, texts, args.steps, args.batch_size)
+    train(model, batches(tokenizer, texts, args.batch_size), args.steps, learning_rate=2e-3, warm_up=50)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
