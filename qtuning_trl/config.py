@@ -190,7 +190,8 @@ class QTuningSFTConfig(SFTConfig):
         default=True,
         metadata={
             "help": "Whether to append what each step decides about each sample to Parquet files in "
-            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read."
+            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read. A `sample_pruner` that "
+            "needs no scores has nothing to record."
         },
     )
     record_tokens: float = field(

@@ -360,7 +360,7 @@ class RecordReader:
         except FileNotFoundError:
             raise ValueError(
                 f"{str(path)!r} holds no record ({RECORD_NAME}/run.json): give the `output_dir` of a run that was "
-                "trained with `record: true`."
+                "trained with `record: true` and a `sample_pruner` that needs scores."
             ) from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(
