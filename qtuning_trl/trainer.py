@@ -427,16 +427,19 @@ class QTuningSFTTrainer(SFTTrainer):
             # Sharded parameters are gathered by all processes together, so all run as many forwards.
             idle = max(gather_object([len(batches)])) - len(batches)
 
-        def forward(documents: list[Document]) -> tuple[Tensor, Tensor]:
-            batch = send_to_device(self._scoring_collator(_as_rows(documents, self.args.packing)), self.args.device)
-            return per_token_values(model, batch)
-
+        forward = partial(self._forward_documents, model=model)
         with scoring_mode(model), lean_lm_head(self.args.device), self.compute_loss_context_manager():
             chosen = [[now[index] for index in batch] for batch in batches]
             values = score_documents(pool, answer_mask(pool), chosen, forward)
             for _ in range(idle):
                 forward([self._dummy_row()])
         return values
+
+    def _forward_documents(
+        self, documents: list[Document], model: PreTrainedModel | None = None
+    ) -> tuple[Tensor, Tensor]:
+        batch = send_to_device(self._scoring_collator(_as_rows(documents, self.args.packing)), self.args.device)
+        return per_token_values(model or self._scorer, batch)
 
     def _plan_scoring(self, group: list[Document], number: int) -> tuple[list[int], dict[int, Score]]:
         """Indices of the candidates to score now, and the earlier scores to use again (see `ScoreCache.plan`)."""
