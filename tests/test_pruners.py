@@ -1,7 +1,9 @@
 """The rivals of Q-Tuning: budgets, published rules, gradients, resume, what they cost, and what is refused."""
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import literal
 import pytest
@@ -609,3 +611,14 @@ def test_attention_that_gives_no_weights_is_refused(tmp_path, tokenizer, prompt_
 def test_a_reference_model_that_cannot_be_used_is_refused(tmp_path, tokenizer, prompt_completion):
     with pytest.raises(ValueError, match="`reference_model` is '/nowhere', which cannot be loaded"):
         make_trainer(tmp_path, tokenizer, prompt_completion, token_pruner="rho1", reference_model="/nowhere")
+
+
+def test_the_pruners_of_the_documentation_work(pruned_trainer, own_pruners):
+    text = Path(__file__).parents[1].joinpath("docs", "pruners.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"## Your own\n\n```python\n(.*?)```", text, re.S)
+    code = code.replace('"runs/own"', '"runs/own", use_cpu=True, bf16=False')
+    names: dict = {}
+    exec(code, names)
+    trainer = pruned_trainer(names["args"].sample_pruner, names["args"].token_pruner, max_steps=1)
+    trainer.train()
+    assert trainer.summary()["kept"] == 8
