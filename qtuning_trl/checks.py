@@ -51,6 +51,11 @@ def refuse_unsupported_options(
             f"`group_column` is {args.group_column!r} and `packing` is on: leave one of them out, since TRL's packing "
             "removes every other column."
         )
+    if "attention" in args.token_needs and (args.fsdp or args.deepspeed):
+        raise ValueError(
+            f"`token_pruner` is {args.token_pruner!r} and the model is sharded (FSDP or DeepSpeed): train without, or "
+            "use another token pruner, since attention weights are read sample by sample."
+        )
     _refuse_distributed_options(args)
     adapters = [peft_config, *getattr(model, "peft_config", {}).values()]
     for adapter in adapters:
@@ -104,7 +109,38 @@ def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig) -> dict[str, A
             f"`group_column` is {args.group_column!r}: choose one of the dataset's columns ({', '.join(first)}), or "
             "leave it out."
         )
+    if "column" in args.sample_needs:
+        _refuse_unusable_scores(dataset, first, args)
     return first
+
+
+def _refuse_unusable_scores(dataset: Any, first: dict[str, Any], args: QTuningSFTConfig) -> None:
+    """Raise a `ValueError` if `score_column` cannot select; of a stream only the first row is known."""
+    name = args.score_column
+    if name not in first:
+        raise ValueError(f"`score_column` is {name!r}: choose one of the dataset's columns ({', '.join(first)}).")
+    values = list(dataset[name]) if isinstance(dataset, Dataset) else [first[name]]
+    for row, value in enumerate(values):
+        if not isinstance(value, (bool, int, float)) or value != value:
+            raise ValueError(
+                f"`score_column` is {name!r}, whose value in row {row} is {value!r}: give every row a number, or true "
+                "or false."
+            )
+    if isinstance(first[name], bool) and args.pool_factor > 1:
+        raise ValueError(
+            f"`score_column` is {name!r}, which marks samples, and `pool_factor` is {args.pool_factor}: set "
+            "`pool_factor` to 1, since the marked ones may not fit into one optimizer step."
+        )
+
+
+def refuse_missing_attention(model: Any, args: QTuningSFTConfig) -> None:
+    """Raise a `ValueError` if the token pruner needs attention weights and the model's attention gives none."""
+    implementation = str(model.config._attn_implementation)
+    if "attention" in args.token_needs and implementation != "eager":
+        raise ValueError(
+            f"`token_pruner` is {args.token_pruner!r} and the model's attention is {implementation!r}, which gives no "
+            "attention weights: set `attn_implementation` to 'eager'."
+        )
 
 
 def needs_chat_template(example: dict[str, Any] | None, args: QTuningSFTConfig) -> bool:

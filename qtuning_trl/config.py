@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from . import pruners
+
 BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*$")
 TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
@@ -33,14 +35,56 @@ class QTuningSFTConfig(SFTConfig):
         default=0.125,
         metadata={
             "help": "Share of the candidate samples to train on (r_sample in the paper), in (0, 1]. Exactly "
-            "`floor(sample_ratio * pool)` samples survive, and at least one. 1.0 keeps every sample."
+            "`floor(sample_ratio * pool)` samples survive, and at least one. 1.0 keeps every sample. 1.0 with the "
+            "`sample_pruner` 'none'."
         },
     )
     token_ratio: float = field(
         default=0.5,
         metadata={
             "help": "Share of the answer tokens to keep in the surviving samples of quadrant Q2 (r_token in the "
-            "paper), in (0, 1]. 1.0 keeps every token."
+            "paper), in (0, 1]. Other token pruners than 'q_tuning' keep this share in all surviving samples. 1.0 "
+            "keeps every token. 1.0 with the `token_pruner` 'none'."
+        },
+    )
+
+    # Parameters that choose who prunes
+    sample_pruner: str = field(
+        default="q_tuning",
+        metadata={
+            "help": "Which samples survive: `'q_tuning'`, or a rival at the same budget: `'random'`, `'longest'`, "
+            "`'entropy'`, `'perplexity'`, `'infobatch'`, `'column'` (a selection made elsewhere, see `score_column`), "
+            "`'none'` (all), or a registered one of your own."
+        },
+    )
+    token_pruner: str = field(
+        default="q_tuning",
+        metadata={
+            "help": "Which answer tokens of the survivors stay: `'q_tuning'`, or a rival: `'random'`, "
+            "`'perplexity'`, `'rho1'`, `'token_cleaning'` (both need `reference_model`), `'fastv'`, `'sparsevlm'` "
+            "(both need eager attention), `'none'` (all), or a registered one of your own. Q-Tuning's samples with "
+            "Q-Tuning's tokens prune Q2 alone, as in the paper; every other pair prunes all survivors."
+        },
+    )
+    score_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column for the `sample_pruner` 'column': numbers, of which the highest in each pool are "
+            "kept, to the budget; or booleans, which mark exactly what is kept."
+        },
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name or path of a model with the same tokenizer, fine-tuned on data you trust, for the token "
+            "pruners 'rho1' and 'token_cleaning'."
+        },
+    )
+    infobatch_annealing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the run, at its end, in which the `sample_pruner` 'infobatch' keeps everything, in "
+            "[0, 1). The paper's is 0.125. It comes on top of the budget, so it is 0 unless asked for."
         },
     )
 
@@ -146,7 +190,8 @@ class QTuningSFTConfig(SFTConfig):
         default=True,
         metadata={
             "help": "Whether to append what each step decides about each sample to Parquet files in "
-            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read."
+            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read. A `sample_pruner` that "
+            "needs no scores has nothing to record."
         },
     )
     record_tokens: float = field(
@@ -168,6 +213,10 @@ class QTuningSFTConfig(SFTConfig):
         super().__post_init__()
         if self.budget is not None:
             self._apply_budget(self.budget)
+        if self.sample_pruner == "none":
+            self.sample_ratio = 1.0
+        if self.token_pruner == "none":
+            self.token_ratio = 1.0
         for name in ("sample_ratio", "token_ratio"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)):
@@ -203,10 +252,45 @@ class QTuningSFTConfig(SFTConfig):
 
         if not 0.0 <= self.record_tokens <= 1.0:
             raise ValueError(f"`record_tokens` is {self.record_tokens}: give a share from 0 to 1, such as 0.1.")
+        self._check_pruners()
         self._check_cheaper_scoring()
 
+    def _check_pruners(self) -> None:
+        needs = {*self.sample_needs, *self.token_needs}
+        if "column" in needs and self.score_column is None:
+            raise ValueError(
+                f"`sample_pruner` is {self.sample_pruner!r} and `score_column` is not given: name the dataset column "
+                "that holds the scores or the marks."
+            )
+        if "reference" in needs and self.reference_model is None:
+            raise ValueError(
+                f"`token_pruner` is {self.token_pruner!r} and `reference_model` is not given: name a model of the same "
+                "family, fine-tuned on data you trust."
+            )
+        if "weights" in needs and self.loss_type != "nll":
+            raise ValueError(
+                f"`sample_pruner` is {self.sample_pruner!r}, which weights the losses of its samples, and `loss_type` "
+                f"is {self.loss_type!r}: set `loss_type` to 'nll'."
+            )
+        if needs & {"column", "weights"} and self.packing:
+            raise ValueError(
+                f"`sample_pruner` is {self.sample_pruner!r} and `packing` is on: set `packing` to false, or use "
+                "`padding_free`, since a packed row keeps nothing but the tokens of its samples."
+            )
+        if not 0.0 <= self.infobatch_annealing < 1.0:
+            raise ValueError(
+                f"`infobatch_annealing` is {self.infobatch_annealing}: give a share of the run from 0 to below 1, such "
+                "as the paper's 0.125."
+            )
+        if self.pool_factor > 1 and self.sample_pruner == "infobatch" and self.infobatch_annealing > 0:
+            raise ValueError(
+                f"`infobatch_annealing` is {self.infobatch_annealing} and `pool_factor` is {self.pool_factor}: set one "
+                "of them to its default, since the whole pool does not fit into one optimizer step."
+            )
+
     def _check_cheaper_scoring(self) -> None:
-        if not self.sample_ratio <= self.scored_share <= 1.0:
+        lowest = self.sample_ratio if "scores" in self.sample_needs else 0.0
+        if not lowest <= self.scored_share <= 1.0:
             raise ValueError(
                 f"`scored_share` is {self.scored_share} and `sample_ratio` is {self.sample_ratio}: give a share from "
                 "`sample_ratio` to 1, since only scored samples can be kept."
@@ -227,6 +311,8 @@ class QTuningSFTConfig(SFTConfig):
             raise ValueError(f"`budget` is {budget!r}: give samples x tokens in per cent, such as '12.5x50'.")
         fields = type(self).__dataclass_fields__
         for name, percent in zip(("sample_ratio", "token_ratio"), match.groups(), strict=True):
+            if getattr(self, name.replace("ratio", "pruner")) == "none":
+                continue
             ratio, given = float(percent) / 100, getattr(self, name)
             if given not in (ratio, fields[name].default):
                 raise ValueError(
@@ -240,6 +326,17 @@ class QTuningSFTConfig(SFTConfig):
         return self.score_reuse_epochs is not None or self.score_reuse_steps is not None
 
     @property
+    def sample_needs(self) -> tuple[str, ...]:
+        """What the sample pruner needs of the run."""
+        return pruners.sample_pruner(self.sample_pruner).needs
+
+    @property
+    def token_needs(self) -> tuple[str, ...]:
+        """What the token pruner needs of the run: nothing, if the budget keeps every token."""
+        needs = pruners.token_pruner(self.token_pruner).needs
+        return needs if self.token_ratio < 1.0 else ()
+
+    @property
     def keeps_everything(self) -> bool:
-        """Whether the budget is 100 x 100, so that the run is that of the plain `SFTTrainer`."""
-        return self.sample_ratio == 1.0 and self.token_ratio == 1.0
+        """Whether nothing is pruned (100 x 100, and no column that marks), so the run is the plain `SFTTrainer`'s."""
+        return self.sample_ratio == 1.0 and self.token_ratio == 1.0 and "column" not in self.sample_needs

@@ -1,6 +1,6 @@
 """Data sets: loading those a recipe names, and mapping their columns onto those TRL takes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -226,7 +226,7 @@ def map_columns(
     prompt_template: str | None = None,
     completion_template: str | None = None,
     messages_column: str | None = None,
-    keep: str | None = None,
+    keep: Collection[str | None] = (),
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
@@ -237,7 +237,7 @@ def map_columns(
         prompt_template (`str`, *optional*): [`Template`] of the prompt.
         completion_template (`str`, *optional*): [`Template`] of the completion. The two go together.
         messages_column (`str`, *optional*): Column of conversations, see [`normalize_messages`].
-        keep (`str`, *optional*): Column to keep, even if a template uses it.
+        keep (`Collection[str]`): Columns to keep, even if a template uses them.
         num_proc (`int`, *optional*): Processes to map with.
 
     Returns:
@@ -273,7 +273,7 @@ def map_columns(
     for name, option in used.items():
         if name not in columns:
             raise ValueError(f"`{option}` names the column {name!r}: use those there are ({', '.join(columns)}).")
-    removed = [name for name in columns if (name in used or name in TRL_COLUMNS - produced) and name != keep]
+    removed = [name for name in columns if (name in used or name in TRL_COLUMNS - produced) and name not in keep]
     options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
     return dataset.map(convert, remove_columns=removed, **options)
 

@@ -10,10 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 
 # One sample x + y: `input_ids` and `labels`, int64 arrays of shape (tokens,); its `sample_id`; `group` where the run
-# counts by a column; `pruned` if tokens of its answer were taken out, and `kept_mask`, which of them stayed (bool, of
-# shape (answer tokens,)).
+# counts by a column; `column`, its value of `score_column`; `weight` of its loss; `pruned` if tokens of its answer were
+# taken out, and `kept_mask`, which of them stayed (bool, of shape (answer tokens,)).
 Document = dict[str, Any]
-NOT_FOR_THE_MODEL = ("sample_id", "group", "pruned", "kept_mask")
+NOT_FOR_THE_MODEL = ("sample_id", "group", "column", "weight", "pruned", "kept_mask")
 SAMPLE_ID = "sample_id"
 KEPT_MASK = "kept_mask"
 
@@ -50,12 +50,15 @@ def number_rows(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def split_documents(example: dict[str, Any], group_column: str | None = None) -> list[Document]:
+def split_documents(
+    example: dict[str, Any], group_column: str | None = None, score_column: str | None = None
+) -> list[Document]:
     """
     The documents of one row of the dataset: the row itself, or what `bfd` packing put together (`seq_lengths`).
 
-    A packed row has no other columns, so its documents have no group. A document's `sample_id` is its row number in the
-    training set where the row holds it, else a hash of its tokens, which is the same wherever the document turns up.
+    A packed row has no other columns, so its documents have no group and no score. A document's `sample_id` is its row
+    number in the training set where the row holds it, else a hash of its tokens, which is the same wherever the
+    document turns up.
     """
     input_ids = np.asarray(example["input_ids"], dtype=np.int64)
     labels = np.asarray(example.get("labels", example["input_ids"]), dtype=np.int64)
@@ -66,6 +69,8 @@ def split_documents(example: dict[str, Any], group_column: str | None = None) ->
     document = _with_id({"input_ids": input_ids, "labels": labels}, example.get(SAMPLE_ID))
     if group_column is not None:
         document["group"] = example[group_column]
+    if score_column is not None:
+        document["column"] = example[score_column]
     return [document]
 
 

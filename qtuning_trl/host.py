@@ -113,34 +113,72 @@ def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
             setattr(module, flag, True)
 
 
-def load_proxy(args: QTuningSFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_second_model(
+    option: str, args: QTuningSFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """
-    The model that `scoring_model` names, with TRL's fused LM head, in the precision and on the device of `model`.
+    The model that `option` names, with TRL's fused LM head, in the precision and on the device of `model`.
 
     Leans on `trl.trainer.utils.add_fused_lm_head`.
 
     Raises:
         `ValueError`: If it cannot be loaded, or its tokenizer is another one.
     """
-    name = str(args.scoring_model)
+    name = str(getattr(args, option))
     try:
         same = AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
-        proxy = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype) if same else None
+        second = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype) if same else None
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"`scoring_model` is {name!r}, which cannot be loaded ({cause}): check the name, or give the folder of a "
+            f"`{option}` is {name!r}, which cannot be loaded ({cause}): check the name, or give the folder of a "
             "local model."
         ) from error
-    if proxy is None:
+    if second is None:
         raise ValueError(
-            f"`scoring_model` is {name!r}, whose tokenizer has another vocabulary than the model that is trained: "
-            "choose a smaller model of the same family."
+            f"`{option}` is {name!r}, whose tokenizer has another vocabulary than the model that is trained: "
+            "choose a model of the same family."
         )
-    trl_head.add_fused_lm_head(proxy, outputs=("log_probs", "entropy"))
-    proxy.requires_grad_(False)
-    proxy.to(args.device)  # type: ignore[arg-type]
-    return proxy
+    trl_head.add_fused_lm_head(second, outputs=("log_probs", "entropy"))
+    second.requires_grad_(False)
+    second.to(args.device)  # type: ignore[arg-type]
+    return second
+
+
+def attention_weights(model: PreTrainedModel, input_ids: Tensor, layer: int) -> Tensor:
+    """
+    Attention weights of a sample, averaged over heads, float32 of shape `(tokens, tokens)`, queries by keys.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): With eager attention, the only one that has weights to give.
+        input_ids (`Tensor` of shape `(tokens,)`): The sample.
+        layer (`int`): Number of the layer, from 0; one beyond the last is the last.
+    """
+    outputs = model(input_ids=input_ids[None], output_attentions=True, use_cache=False, logits_to_keep=1)
+    return outputs.attentions[min(layer, len(outputs.attentions) - 1)][0].float().mean(dim=0).cpu()
+
+
+@contextmanager
+def weighted_losses(model: torch.nn.Module, weights: Tensor) -> Iterator[None]:
+    """
+    While it is open, the model's fused LM head weights the log-likelihood of each labelled token, and so its loss.
+
+    Leans on the output fields `log_probs` and `label_mask`, as `per_token_values`, and on TRL's loss being their sum.
+
+    Args:
+        model (`torch.nn.Module`): The model that is trained.
+        weights (`Tensor` of shape `(labelled tokens,)`): In the batch's row-major order.
+    """
+
+    def weigh(_module: Any, _inputs: Any, outputs: Any) -> None:
+        mask, log_probs = outputs.label_mask, outputs.log_probs
+        outputs.log_probs = log_probs * torch.ones_like(log_probs).masked_scatter(mask, weights.to(log_probs))
+
+    handle = model.register_forward_hook(weigh)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class SampleSelection:
         trimmed (`Tensor` of shape `(samples,)`, bool): Samples of Q2 and Q4 dropped to meet the budget.
         prune_tokens (`Tensor` of shape `(samples,)`, bool): Survivors whose answer tokens stage 2 prunes.
         perplexity_low, perplexity_high, entropy_low, entropy_high (`float`): The final thresholds.
+        weight (`Tensor` of shape `(samples,)`, float64, *optional*): Weights of the survivors' losses; 1 without it.
     """
 
     keep: Tensor
@@ -77,6 +78,7 @@ class SampleSelection:
     perplexity_high: float
     entropy_low: float
     entropy_high: float
+    weight: Tensor | None = None
 
     def rows(self, rows: slice) -> "SampleSelection":
         """What was decided about some of the samples; the thresholds stay those of the pool."""
@@ -144,7 +146,7 @@ def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> 
 
     # Q2 and Q4 first, then the rest; within each, by the supplementary score max(P - E, E - P).
     chosen = q2 | q4
-    order = _descending(chosen.double(), (error - uncertainty).abs(), perplexity, entropy)
+    order = descending(chosen.double(), (error - uncertainty).abs(), perplexity, entropy)
     keep = torch.zeros(size, dtype=torch.bool, device=perplexity.device)
     keep[order[: budget_size(sample_ratio, size)]] = True
     filled = keep & ~chosen
@@ -172,7 +174,7 @@ def _min_max(values: Tensor) -> Tensor:
     return (values - values.min()) / spread if spread > 0 else torch.zeros_like(values)
 
 
-def _descending(*keys: Tensor) -> Tensor:
+def descending(*keys: Tensor) -> Tensor:
     """Indices that sort by the first key from high to low, then by the next; what is left stays in order."""
     order = torch.arange(len(keys[0]), device=keys[0].device)
     for key in reversed(keys):

@@ -87,8 +87,10 @@ class StepCounts:
 
     def add_selection(self, selection: SampleSelection) -> None:
         """Count the samples of one group of candidates."""
-        self.compared += 1
         self.counts["kept_samples"] += int(selection.keep.sum())
+        if not self.scored:
+            return
+        self.compared += 1
         self.counts["filled"] += int(selection.filled.sum())
         self.counts["trimmed"] += int(selection.trimmed.sum())
         for number, name in QUADRANTS.items():
@@ -245,6 +247,7 @@ def model_card_section(summary: dict[str, Any]) -> str:
     selecting = sum(seconds[phase] for phase in PHASES if phase != "training")
     quadrants = ", ".join(f"{name.upper()} {summary['quadrants'][name]:,}" for name in ("q1", "q2", "q3", "q4"))
     rows = {
+        "Pruners (samples, tokens)": f"{config['sample_pruner']}, {config['token_pruner']}",
         "Budget (samples x tokens)": f"{config['sample_ratio']:.4g} x {config['token_ratio']:.4g}",
         "Candidates seen": f"{summary['candidates']:,} samples, {tokens['candidates']:,} answer tokens",
         "Trained on": f"{summary['kept']:,} samples, {tokens['kept']:,} answer tokens",

@@ -205,6 +205,9 @@ class SampleRecorder(TrainerCallback):
             survivors (`list[Document]`): Those it kept, in order, as stage 2 left them.
         """
         kept = selection.keep.nonzero().flatten().tolist()
+        reasons = [REASONS[code] for code in (selection.filled + 2 * selection.trimmed.int()).tolist()]
+        if self.trainer.args.sample_pruner != "q_tuning":
+            reasons = ["pruner"] * len(group)
         kept_tokens = np.zeros(len(group), dtype=np.int32)
         kept_tokens[kept] = answer_lengths(survivors)
         masks: list[np.ndarray | None] = [None] * len(group)
@@ -219,7 +222,7 @@ class SampleRecorder(TrainerCallback):
                 "entropy": entropy.tolist(),
                 "quadrant": selection.quadrant.tolist(),
                 "kept": selection.keep.tolist(),
-                "reason": [REASONS[code] for code in (selection.filled + 2 * selection.trimmed.int()).tolist()],
+                "reason": reasons,
                 "answer_tokens": answer_lengths(group),
                 "kept_tokens": kept_tokens.tolist(),
                 "group": [None if document.get("group") is None else str(document["group"]) for document in group],
@@ -357,7 +360,7 @@ class RecordReader:
         except FileNotFoundError:
             raise ValueError(
                 f"{str(path)!r} holds no record ({RECORD_NAME}/run.json): give the `output_dir` of a run that was "
-                "trained with `record: true`."
+                "trained with `record: true` and a `sample_pruner` that needs scores."
             ) from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(
@@ -425,7 +428,8 @@ def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataF
     - `quadrant`: 1 to 4 for Q1 to Q4, 0 for between the thresholds.
     - `kept`: whether it was trained on.
     - `reason`: what decided that. `quadrant`: where it lies (Q2 and Q4 are kept); `fill`: kept although it lies
-      elsewhere, to reach the budget; `trim`: dropped although in Q2 or Q4, to meet the budget.
+      elsewhere, to reach the budget; `trim`: dropped although in Q2 or Q4, to meet the budget; `pruner`: another
+      `sample_pruner` than Q-Tuning's.
     - `answer_tokens`, `kept_tokens`: tokens of its answer, and how many of them were trained on.
     - `seconds`: what selecting took this process in that step.
     - `group`: its value of `group_column`, as text.

@@ -6,13 +6,15 @@ samples -> stage 2 prunes tokens -> the survivors are collated into as few micro
 itself is TRL's own.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
@@ -27,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from . import checks
+from . import checks, pruners
 from .config import QTuningSFTConfig
 from .documents import (
     KEPT_MASK,
@@ -47,17 +50,21 @@ from .documents import (
     tokens_without_checkpointing,
 )
 from .host import (
+    attention_weights,
     count_items,
     keep_column,
     lean_lm_head,
-    load_proxy,
+    load_second_model,
     per_token_values,
     scoring_mode,
     train_loader_of,
+    weighted_losses,
     without_checkpointing,
 )
 from .live import PlaneLogger, show_progress
-from .method import SampleSelection, budget_size, sample_statistics, select_samples, token_keep_mask, token_scores
+from .method import SampleSelection, budget_size, sample_statistics
+from .pruners import Answers, Pool
+from .pruners.samples import as_selection
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
 from .sample_record import SampleRecorder
 from .score_cache import FILE_NAME as SCORES_NAME
@@ -170,25 +177,32 @@ class QTuningSFTTrainer(SFTTrainer):
                 f"`max_length` is {args.max_length}: it cuts off the whole answer of {cut_off} of {rows_before} rows, "
                 "which TRL drops; raise it to train on them."
             )
-        for column in (SAMPLE_ID, args.group_column):
+        for column in (SAMPLE_ID, args.group_column, args.score_column):
             if column is not None and not args.keeps_everything:
                 keep_column(self, column)
         # Survivors are uneven over micro-batches and processes, so the loss must be divided by the tokens of the step.
         # About 40 multimodal families switch this off, and their survivors would be averaged wrongly.
         self.model_accepts_loss_kwargs = True
-        self._proxy = load_proxy(args, self.model, self._tokenizer) if args.scoring_model is not None else None
+        self._proxy = self._second_model("scoring_model") if args.scoring_model is not None else None
+        checks.refuse_missing_attention(self.model, args)
+        self._sample_pruner = pruners.sample_pruner(args.sample_pruner)
+        self._token_pruner = pruners.token_pruner(args.token_pruner)
+        self._reference = self._second_model("reference_model") if "reference" in args.token_needs else None
+        # An adapter can be switched off; a model that is trained whole must be kept as it was.
+        whole = "base" in args.token_needs and not isinstance(self.model, PeftModel)
+        self._base = copy.deepcopy(self.model).requires_grad_(False) if whole else None
         # Flattened batches cost no padding, and the kernels that can tell their documents apart do so by themselves.
         flatten = self.padding_free or "flash" in str(self.model.config._attn_implementation)
         self._scoring_collator = replace(
             cast(DataCollatorForLanguageModeling, self.data_collator), padding_free=flatten
         )
         self._score_cache: ScoreCache | None = None
-        if args.reuses_scores and not args.keeps_everything:
+        if args.reuses_scores and "scores" in args.sample_needs and not args.keeps_everything:
             self._score_cache = ScoreCache(args.score_reuse_epochs, args.score_reuse_steps)
             self.add_callback(_ScoreKeeper(self._score_cache, self.accelerator.num_processes))
         self.add_callback(RunRecord)
         self.add_callback(_SummaryWriter(self))
-        self._recorder = SampleRecorder(self) if args.record else None
+        self._recorder = SampleRecorder(self) if args.record and "scores" in args.sample_needs else None
         if self._recorder is not None:
             self.add_callback(self._recorder)
         self.add_callback(PlaneLogger(self))
@@ -205,6 +219,9 @@ class QTuningSFTTrainer(SFTTrainer):
             revision=init_kwargs.get("revision") if isinstance(model, str) else None,
             trust_remote_code=args.trust_remote_code,
         )
+
+    def _second_model(self, option: str) -> PreTrainedModel:
+        return load_second_model(option, self.args, self.model, self._tokenizer)
 
     def _special_token_ids(self) -> set[int]:
         """Ids of the tokens that end a sequence or a turn or otherwise carry structure; an unknown word does not."""
@@ -271,7 +288,7 @@ class QTuningSFTTrainer(SFTTrainer):
         if not drawn:
             return [], None
         synchronize()  # so that the previous step's work is not counted as selecting
-        groups = [[doc for row in rows for doc in split_documents(row, self.args.group_column)] for rows in drawn]
+        groups = [[doc for row in rows for doc in self._documents_of(row)] for rows in drawn]
         if self.args.selection_scope != "micro_batch":
             groups = [[document for group in groups for document in group]]
         row_lengths = [len(row["input_ids"]) for rows in drawn for row in rows]
@@ -301,9 +318,17 @@ class QTuningSFTTrainer(SFTTrainer):
                 stack.enter_context(without_checkpointing(self.model))
             if self._score_cache is not None and not self.args.packing:
                 stack.enter_context(self._renewed_scores(survivors))
+            if survivors and "weights" in self._sample_pruner.needs:
+                weights = [document["weight"] for document in survivors]
+                tokens = torch.tensor(weights).repeat_interleave(torch.tensor(answer_lengths(survivors)))
+                stack.enter_context(weighted_losses(self.model, tokens))
             return super().training_step(model, inputs, num_items_in_batch)
 
     # The parts of a step
+
+    def _documents_of(self, row: dict[str, Any]) -> list[Document]:
+        score_column = self.args.score_column if "column" in self._sample_pruner.needs else None
+        return split_documents(row, self.args.group_column, score_column)
 
     def _scoring_batch_tokens(self, row_lengths: list[int], full_tokens: int, slots: int) -> int:
         """Tokens to score at once: as many as stay below the peak memory of the micro-batches that will be trained."""
@@ -318,38 +343,49 @@ class QTuningSFTTrainer(SFTTrainer):
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
         # A sample without an answer token has no perplexity: it is no candidate, and cannot survive.
         candidates = [[doc for doc, size in zip(g, answer_lengths(g), strict=True) if size > 0] for g in groups]
-        with self.run_record.phase("scoring"):
-            scored, stale, values = self._score(candidates, batch_tokens)
-        tokens = int(values.answer_mask.sum())
-        step = StepCounts(nll=float(values.nll.sum()), entropy=float(values.entropy.sum()), scored_tokens=tokens)
+        step = StepCounts(scored="scores" in self._sample_pruner.needs)
+        scored, values = candidates, None
+        if step.scored:
+            with self.run_record.phase("scoring"):
+                scored, stale, values = self._score(candidates, batch_tokens)
+            step.nll, step.entropy = float(values.nll.sum()), float(values.entropy.sum())
+            step.scored_tokens = int(values.answer_mask.sum())
+            step.counts["stale_scores"] = stale
+            step.counts["scored_samples"] = sum(map(len, scored)) - stale
         step.counts["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))
         step.counts["pool_answer_tokens"] = sum(sum(answer_lengths(group)) for group in candidates)
-        step.counts["stale_scores"] = stale
-        step.counts["scored_samples"] = sum(map(len, scored)) - stale
 
-        survivors: list[Document] = []
         self.last_pool = None
+        chosen: list[_Chosen] = []
         start = 0
         with self.run_record.phase("selection"):
-            for drawn, group in zip(candidates, scored, strict=True):
-                part = values.rows(slice(start, start + len(group)))
+            for number, (drawn, group) in enumerate(zip(candidates, scored, strict=True)):
+                part = None if values is None else values.rows(slice(start, start + len(group)))
                 start += len(group)
-                perplexity, entropy = sample_statistics(part.nll, part.entropy, part.answer_mask)
-                self._refuse_diverged(perplexity, entropy)
-                selection = self._select(perplexity, entropy, len(drawn))
+                columns = self._columns(group, part)
+                selection = self._select(columns, len(drawn), number)
                 step.counts["pool_samples"] += len(drawn)
-                if selection is None:
-                    continue
-                kept = self._prune_tokens(group, part, selection)
-                survivors += kept
+                if self.args.group_column is not None:
+                    step.add_groups([document["group"] for document in drawn], "candidates")
+                if selection is not None:
+                    chosen.append(_Chosen(group, columns, None if part is None else part.nll, selection))
+        survivors = self._prune_tokens(chosen, batch_tokens)
+        if "scores" in self.args.token_needs and not step.scored:
+            step.counts["scored_samples"] = len(survivors)
+
+        start = 0
+        with self.run_record.phase("selection"):
+            for group, columns, _, selection in chosen:
+                kept = survivors[start : start + int(selection.keep.sum())]
+                start += len(kept)
                 step.add_selection(selection)
                 step.counts["kept_answer_tokens"] += sum(answer_lengths(kept))
                 if self.args.group_column is not None:
-                    step.add_groups([document["group"] for document in drawn], "candidates")
                     step.add_groups([document["group"] for document in kept], "kept")
-                self._remember_pool(group, perplexity, entropy, selection)
+                if step.scored:
+                    self._remember_pool(group, columns["perplexity"], columns["entropy"], selection)
                 if self._recorder is not None:
-                    self._recorder.add(group, perplexity, entropy, selection, kept)
+                    self._recorder.add(group, columns["perplexity"], columns["entropy"], selection, kept)
         return survivors, step
 
     def _score(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[list[Document]], int, TokenValues]:
@@ -372,23 +408,38 @@ class QTuningSFTTrainer(SFTTrainer):
             reused |= {place[index]: score for index, score in old.items()}
 
         pool = [document for group in scored for document in group]
-        lengths = [len(pool[index]["input_ids"]) for index in now]
-        batches = scoring_batches(lengths, batch_tokens, self._scoring_collator.padding_free)
-        idle = 0
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Sharded parameters are gathered by all processes together, so all run as many forwards.
-            idle = max(gather_object([len(batches)])) - len(batches)
-        with scoring_mode(self._scorer), lean_lm_head(self.args.device), self.compute_loss_context_manager():
-            chosen = [[now[index] for index in batch] for batch in batches]
-            values = score_documents(pool, answer_mask(pool), chosen, self._forward_documents)
-            for _ in range(idle):
-                self._forward_documents([self._dummy_row()])
+        values = self._forward_all(self._scorer, pool, now, batch_tokens)
         for index, score in reused.items():
             values.set_row(index, score.nll, score.entropy)
         if self._score_cache is not None:
             for index in now:
                 self._keep_score(pool[index], *values.row(index))
         return scored, len(reused), values
+
+    def _forward_all(
+        self, model: PreTrainedModel, pool: list[Document], now: list[int], batch_tokens: int
+    ) -> TokenValues:
+        """Per-token values by a gradient-free forward of `model` over those samples of the pool that `now` lists."""
+        lengths = [len(pool[index]["input_ids"]) for index in now]
+        batches = scoring_batches(lengths, batch_tokens, self._scoring_collator.padding_free)
+        idle = 0
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Sharded parameters are gathered by all processes together, so all run as many forwards.
+            idle = max(gather_object([len(batches)])) - len(batches)
+
+        forward = partial(self._forward_documents, model=model)
+        with scoring_mode(model), lean_lm_head(self.args.device), self.compute_loss_context_manager():
+            chosen = [[now[index] for index in batch] for batch in batches]
+            values = score_documents(pool, answer_mask(pool), chosen, forward)
+            for _ in range(idle):
+                forward([self._dummy_row()])
+        return values
+
+    def _forward_documents(
+        self, documents: list[Document], model: PreTrainedModel | None = None
+    ) -> tuple[Tensor, Tensor]:
+        batch = send_to_device(self._scoring_collator(_as_rows(documents, self.args.packing)), self.args.device)
+        return per_token_values(model or self._scorer, batch)
 
     def _plan_scoring(self, group: list[Document], number: int) -> tuple[list[int], dict[int, Score]]:
         """Indices of the candidates to score now, and the earlier scores to use again (see `ScoreCache.plan`)."""
@@ -431,61 +482,133 @@ class QTuningSFTTrainer(SFTTrainer):
         finally:
             handle.remove()
 
-    def _refuse_diverged(self, perplexity: Tensor, entropy: Tensor) -> None:
-        broken = ~(perplexity.isfinite() & entropy.isfinite())
-        if bool(broken.any()):
+    def _refuse_diverged(self, finite: Tensor) -> None:
+        if not bool(finite.all()):
             raise FloatingPointError(
-                f"Step {self.state.global_step + 1}: {int(broken.sum())} of {len(broken)} candidates have a NaN or "
+                f"Step {self.state.global_step + 1}: {int((~finite).sum())} of {len(finite)} candidates have a NaN or "
                 "infinite score, so the model has diverged; resume from the last checkpoint in "
                 f"{self.args.output_dir!r} with a lower `learning_rate` than {self.args.learning_rate:g}."
             )
 
-    def _forward_documents(self, documents: list[Document]) -> tuple[Tensor, Tensor]:
-        batch = send_to_device(self._scoring_collator(_as_rows(documents, self.args.packing)), self.args.device)
-        return per_token_values(self._scorer, batch)
+    def _columns(self, group: list[Document], values: TokenValues | None) -> dict[str, Tensor]:
+        """What is known of each sample of a group, as [`pruners.Pool`] takes it."""
+        columns = {"lengths": torch.tensor(answer_lengths(group), dtype=torch.int64)}
+        if values is not None:
+            perplexity, entropy = sample_statistics(values.nll, values.entropy, values.answer_mask)
+            self._refuse_diverged(perplexity.isfinite() & entropy.isfinite())
+            columns |= {"perplexity": perplexity, "entropy": entropy}
+        if "column" in self._sample_pruner.needs:
+            scores = [document["column"] for document in group]
+            marks = all(isinstance(score, bool) for score in scores)
+            columns["column"] = torch.tensor(scores, dtype=torch.bool if marks else torch.float64)
+        return columns
 
-    def _select(self, perplexity: Tensor, entropy: Tensor, drawn: int) -> SampleSelection | None:
+    def _select(self, columns: dict[str, Tensor], drawn: int, number: int) -> SampleSelection | None:
         """
         Stage 1 on the scored ones of a group of `drawn` candidates; of all processes' groups, if they are compared.
 
         As many survive as the budget leaves of all that were drawn.
         """
         if self.args.selection_scope != "all_processes" or self.accelerator.num_processes == 1:
-            return self._select_of(perplexity, entropy, drawn)
-        parts = gather_object([(perplexity.tolist(), entropy.tolist(), drawn)])
-        everyone = [torch.tensor([x for part in parts for x in part[axis]], dtype=torch.float64) for axis in (0, 1)]
-        selection = self._select_of(everyone[0], everyone[1], sum(part[2] for part in parts))
+            return self._select_of(columns, drawn, self.accelerator.process_index, number)
+        parts = gather_object([(columns, drawn)])
+        everyone = {name: torch.cat([part[0][name] for part in parts]) for name in columns}
+        selection = self._select_of(everyone, sum(part[1] for part in parts), 0, number)
         if selection is None:
             return None
-        start = sum(len(part[0]) for part in parts[: self.accelerator.process_index])
-        return selection.rows(slice(start, start + len(perplexity)))
+        start = sum(len(part[0]["lengths"]) for part in parts[: self.accelerator.process_index])
+        return selection.rows(slice(start, start + len(columns["lengths"])))
 
-    def _select_of(self, perplexity: Tensor, entropy: Tensor, drawn: int) -> SampleSelection | None:
+    def _select_of(self, columns: dict[str, Tensor], drawn: int, process: int, number: int) -> SampleSelection | None:
         if drawn == 0:
             return None
-        ratio = self.args.sample_ratio
-        if len(perplexity) < drawn:
-            ratio = budget_size(ratio, drawn) / len(perplexity)
-        return select_samples(perplexity, entropy, ratio)
+        ratio, scored = self.args.sample_ratio, len(columns["lengths"])
+        if scored < drawn:
+            ratio = budget_size(ratio, drawn) / scored
+        pool = Pool(
+            **columns,
+            sample_ratio=ratio,
+            generator=self._generator(process, number),
+            progress=self.state.global_step / self.state.max_steps,
+            infobatch_annealing=self.args.infobatch_annealing,
+        )
+        return as_selection(self._sample_pruner.prune(pool), pool, weighted="weights" in self._sample_pruner.needs)
 
-    def _prune_tokens(self, group: list[Document], values: TokenValues, selection: SampleSelection) -> list[Document]:
-        """The survivors, after stage 2 on those that it prunes; the others stay whole."""
-        kept = selection.keep.nonzero().flatten().tolist()
-        pruned = selection.prune_tokens.nonzero().flatten().tolist()
-        if not pruned or self.args.token_ratio == 1.0:
-            return [group[index] for index in kept]
-        mask = values.answer_mask[pruned]
-        scores = token_scores(values.nll[pruned].exp(), mask, self.args.neighbor_weight)
-        protected = protected_mask([group[index] for index in pruned], self._protected_ids, mask.shape)
-        keep_tokens = token_keep_mask(scores, mask, self.args.token_ratio, protected).numpy()
-        shortened = {
-            index: {
-                **prune_document(group[index], keep, drop=self.args.token_pruning == "drop"),
-                KEPT_MASK: keep[answer],
-            }
-            for index, keep, answer in zip(pruned, keep_tokens, mask.numpy(), strict=True)
-        }
-        return [shortened.get(index, group[index]) for index in kept]
+    def _generator(self, *place: int) -> torch.Generator:
+        """A generator of its own: the global one is restored only after a resumed run has drawn its first pool."""
+        key = np.random.SeedSequence([self.args.seed, self.state.global_step, *place])
+        return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def _prune_tokens(self, chosen: list["_Chosen"], batch_tokens: int) -> list[Document]:
+        """The survivors of all groups in order, after stage 2 on those that it prunes; the others stay whole."""
+        survivors: list[Document] = []
+        pruned: list[int] = []
+        nll: list[Tensor] = []
+        for group, _, group_nll, selection in chosen:
+            prune = selection.prune_tokens if self.args.token_pruner == "q_tuning" else selection.keep
+            for index in selection.keep.nonzero().flatten().tolist():
+                if prune[index]:
+                    pruned.append(len(survivors))
+                    nll += [] if group_nll is None else [group_nll[index]]
+                weight = {} if selection.weight is None else {"weight": float(selection.weight[index])}
+                survivors.append({**group[index], **weight})
+        if self.args.token_ratio == 1.0:
+            return survivors
+        documents = [survivors[index] for index in pruned]
+        with self.run_record.phase("scoring"):
+            answers = self._answers(documents, nll, batch_tokens)
+        if not pruned:
+            return survivors
+        with self.run_record.phase("selection"):
+            keep_tokens = self._token_pruner.prune(answers).numpy()
+            drop = self.args.token_pruning == "drop"
+            for index, keep, answer in zip(pruned, keep_tokens, answers.answer_mask.numpy(), strict=True):
+                survivors[index] = {**prune_document(survivors[index], keep, drop), KEPT_MASK: keep[answer]}
+        return survivors
+
+    def _answers(self, documents: list[Document], nll: list[Tensor], batch_tokens: int) -> Answers:
+        """What the token pruner is given. `nll` holds that of the documents, if stage 1 has scored them."""
+        needs = self.args.token_needs
+        mask = answer_mask(documents)
+        values: dict[str, Any] = {}
+
+        def forward(model: PreTrainedModel) -> Tensor:
+            nll = self._forward_all(model, documents, list(range(len(documents))), batch_tokens).nll
+            self._refuse_diverged(nll.isfinite().all(dim=1))
+            return nll
+
+        if "scores" in needs and "scores" not in self._sample_pruner.needs:
+            values["nll"] = forward(self._scorer)
+        elif "scores" in needs and nll:
+            values["nll"] = torch.stack(nll)[:, : mask.shape[1]]
+        if self._reference is not None:
+            values["reference_nll"] = forward(self._reference)
+        if "base" in needs:
+            with nullcontext() if self._base is not None else cast(PeftModel, self.model).disable_adapter():
+                values["base_nll"] = forward(self._base or self.model)
+        if "attention" in needs:
+            values["attention"] = partial(self._attention, documents)
+            values["embeddings"] = partial(self._embeddings, documents)
+        return Answers(
+            answer_mask=mask,
+            protected=protected_mask(documents, self._protected_ids, mask.shape),
+            token_ratio=self.args.token_ratio,
+            generator=self._generator(self.accelerator.process_index, 0, 1),
+            neighbor_weight=self.args.neighbor_weight,
+            **values,
+        )
+
+    def _attention(self, documents: list[Document], layer: int) -> list[Tensor]:
+        with scoring_mode(self.model), self.compute_loss_context_manager():
+            return [attention_weights(self.model, self._ids(document), layer) for document in documents]
+
+    def _embeddings(self, documents: list[Document]) -> list[Tensor]:
+        embed = self.model.get_input_embeddings()
+        with torch.no_grad():
+            return [embed(self._ids(document)).float().cpu() for document in documents]
+
+    def _ids(self, document: Document) -> Tensor:
+        return torch.from_numpy(document["input_ids"]).to(self.args.device)
 
     def _collate_survivors(self, survivors: list[Document], slots: int, full_tokens: int) -> list[dict[str, Any]]:
         """
@@ -594,6 +717,15 @@ class QTuningSFTTrainer(SFTTrainer):
         head, separator, tail = card.text.partition("### Framework versions")
         card.text = head + model_card_section(self.summary()).lstrip() + "\n" + separator + tail
         card.save(path)
+
+
+class _Chosen(NamedTuple):
+    """A group of candidates, what is known of them, their NLL if they were scored, and what stage 1 decided."""
+
+    group: list[Document]
+    columns: dict[str, Tensor]
+    nll: Tensor | None
+    selection: SampleSelection
 
 
 class _ScoreKeeper(TrainerCallback):

@@ -139,3 +139,43 @@ def token_keep_mask(
         if len(keep) < budget(token_ratio, len(answer)):
             keep.add(i)
     return [i in keep for i in range(len(scores))]
+
+
+def infobatch(losses: list[float], sample_budget: int, first: list[int], second: list[int]) -> list[float]:
+    """
+    InfoBatch's `prune`, for one pool, and then our gap: a budget. Weights of the losses, 0 for the pruned.
+
+    `first` and `second` are two shuffles of the samples. A random choice of k among some is the first k of them there.
+    """
+    keep_ratio = 1.0 - 0.5
+    mean = sum(losses) / len(losses)
+    well_learned = [i for i in range(len(losses)) if losses[i] < mean]
+    remained = [i for i in range(len(losses)) if not losses[i] < mean]
+    selected = [i for i in first if i in well_learned][: int(keep_ratio * len(well_learned))]
+    weight_of_selected = 1 / keep_ratio
+    if len(remained) + len(selected) < sample_budget:  # gap: prune fewer
+        kept = sample_budget - len(remained)
+        keep_ratio = kept / len(well_learned)
+        selected = [i for i in first if i in well_learned][:kept]
+        weight_of_selected = 1 / keep_ratio
+    weights = [0.0] * len(losses)
+    for i in selected:
+        weights[i] = weight_of_selected
+    for i in remained:
+        weights[i] = 1.0
+    survivors = [i for i in second if weights[i] > 0][:sample_budget]  # gap: any of those that are left
+    return [weights[i] if i in survivors else 0.0 for i in range(len(losses))]
+
+
+def top_excess_loss(
+    loss: list[list[float]], reference: list[list[float]], is_answer: list[list[bool]], token_ratio: float
+) -> list[list[bool]]:
+    """
+    Rho-1, section 2.2: rank the tokens of the batch by L_theta - L_ref, the highest first, keep the top k%.
+
+    Token Cleaning's `get_global_top_k_indices` is the same with the base model's loss. Ties go to the earlier token.
+    """
+    tokens = [(i, j) for i in range(len(loss)) for j in range(len(loss[i])) if is_answer[i][j]]
+    ranked = sorted(tokens, key=lambda token: -(loss[token[0]][token[1]] - reference[token[0]][token[1]]))
+    chosen = set(ranked[: budget(token_ratio, len(tokens))])
+    return [[(i, j) in chosen for j in range(len(loss[i]))] for i in range(len(loss))]

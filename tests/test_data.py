@@ -34,7 +34,7 @@ def test_columns_that_are_already_called_prompt_and_completion_are_rebuilt(strea
 
 
 def test_a_column_to_keep_is_kept_though_it_is_used():
-    mapped = map_columns(Dataset.from_list(ALPACA), **QUESTION, keep="instruction")
+    mapped = map_columns(Dataset.from_list(ALPACA), **QUESTION, keep=("instruction", None))
     assert set(mapped.column_names) == {"instruction", "source", "prompt", "completion"}
 
 

@@ -510,6 +510,7 @@ def test_bad_options_end_in_one_line_before_anything_is_launched(tmp_path, model
         ([*both, "--output", str(tmp_path / "mine.parquet"), *CPU], "is no folder of an interrupted `qtuning score`"),
         ([*both, *out, "--output_format", "jsonl"], "they disagree, so give only one of the two."),
         ([*both, *out, "--columns", "tokens"], "`columns` is 'tokens' and `kept_only` is false: add `--kept_only`"),
+        ([*both, *out, "--sample_pruner", "random"], "`qtuning score` selects as Q-Tuning does"),
         ([*both, *out, "--pool", "1"], "`pool` is 1: give at least 2 rows to compare"),
         ([*both, *out, "--rows_per_part", "0"], "`rows_per_part` is 0: give a number of rows, such as 1024."),
         ([*both, *out, "--dataset_streaming", "true"], "`dataset_streaming` is true: set it to false"),

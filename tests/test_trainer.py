@@ -70,6 +70,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self):
         self.batches: list[list[dict]] = []
+        self.weights: list[list[float]] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def attach(self, trainer):
@@ -80,6 +81,8 @@ class Recorder(TrainerCallback):
         def get_batch_samples(*args):
             batches, num_items = original(*args)
             self.batches.append([batch for batch in batches if batch["input_ids"].numel()])
+            survivors = [document for batch in batches for document in batch.get("survivors", ())]
+            self.weights.append([document.get("weight", 1.0) for document in survivors])
             return batches, num_items
 
         trainer.get_batch_samples = get_batch_samples

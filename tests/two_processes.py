@@ -20,18 +20,28 @@ SCENARIOS: dict[str, dict] = {
     "padding_free": {"budget": "50x50", "padding_free": True, "max_length": None},
     "packed": {"budget": "50x50", "selection_scope": "all_processes", "packing": True, "max_length": 48},
     "drop": {"budget": "50x50", "token_pruning": "drop"},
+    "random": {
+        "budget": "30x50",
+        "selection_scope": "all_processes",
+        "sample_pruner": "random",
+        "token_pruner": "random",
+    },
+    "rho1": {"budget": "50x50", "sample_pruner": "longest", "token_pruner": "rho1"},
+    "infobatch": {"budget": "50x50", "selection_scope": "all_processes", "sample_pruner": "infobatch"},
 }
 
 
 def run(name: str, options: dict, output: Path, tokenizer, dataset) -> None:
+    options = {"reference_model": str(output / "reference"), **options}
     trainer = make_trainer(output / name, tokenizer, dataset, dropout=0.0, max_steps=1, **options)
     seen = Recorder().attach(trainer)
     trainer.train()
     mine = [row for batch in seen.batches[0] for row in rows_of(batch) if any(x != -100 for x in row["labels"])]
-    survivors = gather_object(mine)
+    survivors, weights = gather_object(mine), gather_object(seen.weights[0])
     counts = gather_object([[len(mine), len(seen.batches[0])]])
     if trainer.accelerator.is_main_process:
-        torch.save({"survivors": survivors, "gradient": seen.gradients[0]}, output / f"{name}.pt")
+        facts = {"survivors": survivors, "weights": weights, "gradient": seen.gradients[0]}
+        torch.save(facts, output / f"{name}.pt")
         facts = {"counts": counts, "loss": losses(trainer)[0], "summary": trainer.summary()}
         (output / f"{name}.json").write_text(json.dumps(facts))
 
@@ -47,15 +57,15 @@ def keep_everything(output: Path, tokenizer, dataset) -> None:
     (output / f"keep_everything_{trainer.args.process_index}.json").write_text(json.dumps(equal))
 
 
-def resume(output: Path, tokenizer, dataset) -> None:
-    options = {"budget": "50x50", "selection_scope": "all_processes", "save_strategy": "steps", "save_steps": 1}
+def resume(name: str, output: Path, tokenizer, dataset, **options) -> None:
+    options |= {"budget": "50x50", "selection_scope": "all_processes", "save_strategy": "steps", "save_steps": 1}
     weights = []
-    for path in (None, str(output / "resume" / "checkpoint-1")):
-        trainer = make_trainer(output / "resume", tokenizer, dataset, dropout=0.1, max_steps=3, **options)
+    for path in (None, str(output / name / "checkpoint-1")):
+        trainer = make_trainer(output / name, tokenizer, dataset, dropout=0.1, max_steps=3, **options)
         trainer.train(resume_from_checkpoint=path)
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
     equal = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    (output / f"resume_{trainer.args.process_index}.json").write_text(json.dumps(equal))
+    (output / f"{name}_{trainer.args.process_index}.json").write_text(json.dumps(equal))
 
 
 def reuse_scores(output: Path, tokenizer, dataset) -> None:
@@ -77,7 +87,8 @@ def main() -> None:
     for name, options in SCENARIOS.items():
         run(name, options, output, tokenizer, dataset)
     keep_everything(output, tokenizer, dataset)
-    resume(output, tokenizer, dataset)
+    resume("resume", output, tokenizer, dataset)
+    resume("resume_rivals", output, tokenizer, dataset, sample_pruner="infobatch", token_pruner="random")
     reuse_scores(output, tokenizer, dataset)
 
 

@@ -149,6 +149,12 @@ def parse(argv: Sequence[str], prog: str | None = None) -> Parsed:
     """
     parsed = make_parser(prog).parse(argv)
     script_args, training_args, model_args, dataset_args = parsed.dataclasses
+    for name in ("sample_pruner", "token_pruner"):
+        if getattr(training_args, name) != "q_tuning":
+            raise ValueError(
+                f"`{name}` is {getattr(training_args, name)!r}: leave it out, since `qtuning score` selects as "
+                "Q-Tuning does; rivals select while training (`qtuning sft`)."
+            )
     for name, value in NOT_TRAINING.items():
         setattr(training_args, name, value)
     refuse_missing_files(script_args, training_args, model_args, dataset_args)

@@ -208,7 +208,7 @@ def _mapped(
         script_args.prompt_template,
         script_args.completion_template,
         script_args.messages_column,
-        keep=training_args.group_column,
+        keep=(training_args.group_column, training_args.score_column),
         num_proc=training_args.dataset_num_proc,
     )
 

@@ -1,0 +1,166 @@
+"""
+Pruners by name: who decides which samples of a pool survive (stage 1), and which of their answer tokens (stage 2).
+
+The tables below are all there is; `register_sample_pruner` and `register_token_pruner` add a row. Any sample pruner
+goes with any token pruner.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from . import samples, tokens
+from .samples import Pool
+from .tokens import Answers
+
+__all__ = ["Answers", "Pool", "register_sample_pruner", "register_token_pruner", "sample_pruner", "token_pruner"]
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """
+    A pruner and what it needs of the run; what no pruner of the run needs is not computed.
+
+    Args:
+        prune (`Callable`): Takes a [`Pool`] or [`Answers`]. A sample pruner returns a `Tensor` of shape `(samples,)`,
+            bool for those it keeps; with `"weights"`, float for the weights of their losses, 0 for those it drops. A
+            token pruner returns a bool `Tensor` of shape `(samples, positions)` for the answer tokens it keeps.
+        needs (`tuple[str, ...]`): See `SAMPLE_NEEDS` and `TOKEN_NEEDS`.
+    """
+
+    prune: Callable[[Any], Any]
+    needs: tuple[str, ...] = ()
+
+
+SAMPLE_NEEDS = {
+    "scores": "`perplexity` and `entropy`: a gradient-free forward over the pool",
+    "column": "`column`: the dataset column that `score_column` names",
+    "weights": "the losses of its survivors are weighted",
+}
+TOKEN_NEEDS = {
+    "scores": "`nll`: of the sample pruner's forward, otherwise a gradient-free forward over the survivors",
+    "reference": "`reference_nll`: a forward of `reference_model` over the survivors",
+    "base": "`base_nll`: a forward over the survivors of the model as it was before fine-tuning",
+    "attention": "`attention` and `embeddings`: a forward over each survivor, with eager attention",
+}
+
+_SAMPLE_PRUNERS = {
+    "q_tuning": Pruner(samples.q_tuning, ("scores",)),
+    "random": Pruner(samples.random),
+    "longest": Pruner(samples.longest),
+    "entropy": Pruner(samples.entropy, ("scores",)),
+    "perplexity": Pruner(samples.perplexity, ("scores",)),
+    "infobatch": Pruner(samples.infobatch, ("scores", "weights")),
+    "column": Pruner(samples.column, ("column",)),
+    "none": Pruner(samples.none),
+}
+_TOKEN_PRUNERS = {
+    "q_tuning": Pruner(tokens.q_tuning, ("scores",)),
+    "random": Pruner(tokens.random),
+    "perplexity": Pruner(tokens.perplexity, ("scores",)),
+    "rho1": Pruner(tokens.rho1, ("scores", "reference")),
+    "token_cleaning": Pruner(tokens.token_cleaning, ("base", "reference")),
+    "fastv": Pruner(tokens.fastv, ("attention",)),
+    "sparsevlm": Pruner(tokens.sparsevlm, ("attention",)),
+    "none": Pruner(tokens.none),
+}
+
+
+def register_sample_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """
+    Add a sample pruner, so that `sample_pruner` can name it.
+
+    Args:
+        name (`str`): Its name, not taken yet.
+        needs (`Sequence[str]`): What it needs, of `"scores"`, `"column"` and `"weights"`; see [`Pruner`].
+
+    Returns:
+        `Callable`: A decorator for a function that takes a [`Pool`] and returns a `Tensor` of shape `(samples,)`.
+
+    Raises:
+        `ValueError`: If the name is taken, or it needs something else.
+
+    Example:
+    ```python
+    @register_sample_pruner("shortest")
+    def shortest(pool):
+        return pool.keep_highest(-pool.lengths)
+    ```
+    """
+    return _registration("sample", _SAMPLE_PRUNERS, SAMPLE_NEEDS, name, needs)
+
+
+def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """
+    Add a token pruner, so that `token_pruner` can name it.
+
+    Args:
+        name (`str`): Its name, not taken yet.
+        needs (`Sequence[str]`): What it needs, of `"scores"`, `"reference"`, `"base"` and `"attention"`; see
+            [`Pruner`].
+
+    Returns:
+        `Callable`: A decorator for a function that takes [`Answers`] and returns a bool `Tensor` of the shape of
+        `answers.answer_mask`.
+
+    Raises:
+        `ValueError`: If the name is taken, or it needs something else.
+
+    Example:
+    ```python
+    @register_token_pruner("hardest", needs=("scores",))
+    def hardest(answers):
+        return answers.keep_lowest(-answers.nll)
+    ```
+    """
+    return _registration("token", _TOKEN_PRUNERS, TOKEN_NEEDS, name, needs)
+
+
+def sample_pruner(name: str) -> Pruner:
+    """The sample pruner of that name; `module:name` imports the module that registers it. `ValueError` if none is."""
+    return _look_up("sample", _SAMPLE_PRUNERS, name)
+
+
+def token_pruner(name: str) -> Pruner:
+    """The token pruner of that name; `module:name` imports the module that registers it. `ValueError` if none is."""
+    return _look_up("token", _TOKEN_PRUNERS, name)
+
+
+def _registration(
+    stage: str, pruners: dict[str, Pruner], known: dict[str, str], name: str, needs: Sequence[str]
+) -> Callable[[Callable], Callable]:
+    if name in pruners:
+        raise ValueError(f"There is a {stage} pruner {name!r} already: register yours by another name.")
+    unknown = [need for need in needs if need not in known]
+    if unknown:
+        raise ValueError(
+            f"The {stage} pruner {name!r} needs {unknown[0]!r}: choose of {', '.join(map(repr, known))}, or nothing."
+        )
+
+    def register(prune: Callable) -> Callable:
+        pruners[name] = Pruner(prune, tuple(needs))
+        return prune
+
+    return register
+
+
+def _look_up(stage: str, pruners: dict[str, Pruner], given: str) -> Pruner:
+    module, _, name = str(given).rpartition(":")
+    if module:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"`{stage}_pruner` is {given!r}, and the module {module!r} cannot be imported ({error}): put its "
+                "folder on the PYTHONPATH."
+            ) from error
+    if name not in pruners:
+        nearest = get_close_matches(name, pruners, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(
+            f"`{stage}_pruner` is {given!r}: {hint}choose one of {', '.join(map(repr, pruners))}, or register your own "
+            f"with `register_{stage}_pruner`."
+        )
+    return pruners[name]
