@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from scipy import stats
 
+from . import pruners
+
 RESULT_NAME = "result.json"
 FAILURE_NAME = "failure.txt"
 RECIPE_NAME = "run.yaml"
@@ -44,12 +46,13 @@ class Run:
 
     @property
     def cost(self) -> float:
-        """Estimated time in runs on the full data: scoring is a third of a step (docs/benchmarks.md)."""
+        """Estimated time in runs on the full data: scoring takes a third of training (docs/benchmarks.md)."""
         if self.pruner == ZERO_SHOT:
             return 0.0
         if self.pruner == FULL_DATA:
             return 1.0
-        return 1 / 3 + float(self.budget.split("x")[0]) / 100
+        scores = "scores" in pruners.sample_pruner(self.options.get("sample_pruner", "q_tuning")).needs
+        return (1 / 3 if scores else 0.0) + float(self.budget.split("x")[0]) / 100
 
 
 @dataclass

@@ -100,10 +100,12 @@ def test_a_comparison_goes_on_where_it_stopped_and_says_what_failed(tmp_path, co
 
 
 def test_the_plan_is_shown_without_running(tmp_path, config, capsys):
-    assert cli.main(["compare", "--config", config(seeds=[0, 1]), "--dry-run"]) == 0
+    rows = [{"name": "mask", "token_pruning": "mask"}, "random + random"]
+    assert cli.main(["compare", "--config", config(pruners=rows, seeds=[0, 1]), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "6 runs, 0 finished" in shown
-    assert "To do: as much as 3.2 runs on the full data." in shown  # 2 x (0 + 1 + 1/3 + 1/4)
+    assert "8 runs, 0 finished" in shown
+    # 2 x (nothing + 1 + a third for scoring and a quarter + a quarter, since random scores nothing)
+    assert "To do: as much as 3.7 runs on the full data." in shown
     assert not (tmp_path / "out").exists()
 
 
