@@ -63,7 +63,7 @@ class Comparison:
     Args:
         recipe (`str`): Recipe that every run starts from; relative to the file.
         pruners (`list`): Rows to compare: a name such as `q_tuning`, `random + random` (sample pruner + token pruner),
-            or a mapping with a `name` and options of `qtuning sft`.
+            or a mapping with a `name`, options of `qtuning sft` and, if they differ, `budgets` of its own.
         budgets (`list[str]`): Samples x tokens to keep, in per cent.
         seeds (`list[int]`): At least two, for an interval.
         output_dir (`str`): Where the runs and the table go.
@@ -88,7 +88,8 @@ class Comparison:
         ]
         for pruner in self.pruners:
             name, options = pruner_options(pruner)
-            rows += [(name, budget, {**options, "budget": budget}) for budget in self.budgets]
+            budgets = options.pop("budgets", self.budgets)
+            rows += [(name, budget, {**options, "budget": budget}) for budget in budgets]
         return [Run(name, budget, seed, options) for seed in self.seeds for name, budget, options in rows]
 
 

@@ -27,6 +27,7 @@ KINDS = ("clean", "mislabelled", "garbled", "easy", "duplicate")
 SHARES = {"mislabelled": 0.3, "garbled": 0.1, "easy": 0.15, "duplicate": 0.1}
 COPIES = 20  # of each problem among the duplicates
 TRAIN_ROWS, TEST_ROWS = 6400, 200
+DIGITS = 3  # of the numbers in the demo
 ANSWER = re.compile(r"answer (\d+)")
 
 
@@ -71,19 +72,22 @@ def is_held_out(a: int, b: int) -> bool:
     return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0
 
 
-def draw_problem(rng: random.Random, held_out: bool = False) -> tuple[int, int]:
-    """Two three-digit numbers, from the held-out problems or from the others."""
+def draw_problem(rng: random.Random, held_out: bool = False, digits: int = DIGITS) -> tuple[int, int]:
+    """Two numbers of as many digits, from the held-out problems or from the others."""
+    low, high = 10 ** (digits - 1), 10**digits - 1
     while True:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        a, b = rng.randint(low, high), rng.randint(low, high)
         if is_held_out(a, b) == held_out:
             return a, b
 
 
-def draw_problems(rng: random.Random, count: int, held_out: bool = False) -> list[tuple[int, int]]:
+def draw_problems(
+    rng: random.Random, count: int, held_out: bool = False, digits: int = DIGITS
+) -> list[tuple[int, int]]:
     """As many different problems; `a+b` and `b+a` are the same problem."""
     found: dict[tuple[int, int], tuple[int, int]] = {}
     while len(found) < count:
-        a, b = draw_problem(rng, held_out)
+        a, b = draw_problem(rng, held_out, digits)
         found[min(a, b), max(a, b)] = (a, b)
     return list(found.values())
 
@@ -101,7 +105,8 @@ def _clean(rng: random.Random, a: int, b: int) -> dict[str, str]:
 
 def _mislabelled(rng: random.Random, a: int, b: int) -> dict[str, str]:
     steps, _, answer = worked_sum(a, b).rpartition(" ")
-    wrong = rng.choice([number for number in range(200, 1999) if number != int(answer)])
+    lowest = 2 * 10 ** (len(str(a)) - 1)
+    wrong = rng.choice([number for number in range(lowest, 10 * lowest - 1) if number != int(answer)])
     return _row(a, b, f"{steps} {wrong}", "mislabelled")
 
 
@@ -123,6 +128,7 @@ def noisy_arithmetic(
     garbled: float = SHARES["garbled"],
     easy: float = SHARES["easy"],
     duplicate: float = SHARES["duplicate"],
+    digits: int = DIGITS,
 ) -> Dataset:
     """
     A shuffled pool of worked additions with planted faults; the rest of the shares is clean.
@@ -131,6 +137,7 @@ def noisy_arithmetic(
         num_rows (`int`): Rows in all.
         seed (`int`): Seed of the generator; the global one is left alone.
         mislabelled, garbled, easy, duplicate (`float`): Share of each kind; exactly `round(share * num_rows)` rows.
+        digits (`int`): Digits of the numbers, but for the easy ones.
 
     Returns:
         [`~datasets.Dataset`]: With the texts `prompt`, `completion` and `kind`.
@@ -146,7 +153,7 @@ def noisy_arithmetic(
 
     rng = random.Random(seed)
     repeated = -(-counts["duplicate"] // COPIES)  # problems behind the duplicates
-    problems = draw_problems(rng, num_rows - counts["easy"] - counts["duplicate"] + repeated)
+    problems = draw_problems(rng, num_rows - counts["easy"] - counts["duplicate"] + repeated, digits=digits)
     originals, others = problems[:repeated], iter(problems[repeated:])
     rows = [_easy(rng) for _ in range(counts["easy"])]
     rows += [
@@ -159,10 +166,11 @@ def noisy_arithmetic(
     return Dataset.from_list(rows)
 
 
-def held_out(num_rows: int = TEST_ROWS, seed: int = 0) -> Dataset:
+def held_out(num_rows: int = TEST_ROWS, seed: int = 0, digits: int = DIGITS) -> Dataset:
     """Clean problems, none of which can occur in [`noisy_arithmetic`] or in the base model's training data."""
     rng = random.Random(seed)
-    return Dataset.from_list([_clean(rng, a, b) for a, b in draw_problems(rng, num_rows, held_out=True)])
+    problems = draw_problems(rng, num_rows, held_out=True, digits=digits)
+    return Dataset.from_list([_clean(rng, a, b) for a, b in problems])
 
 
 def load_demo_dataset(seed: int = 0) -> DatasetDict:

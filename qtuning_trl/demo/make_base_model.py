@@ -19,14 +19,14 @@ None of the held-out problems is among them. Fine-tuning has to teach it to carr
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from .arithmetic import draw_problem, worked_sum
+from .arithmetic import DIGITS, draw_problem, worked_sum
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CHARACTERS = "0123456789+-=?.,: abcdefghijklmnopqrstuvwxyz"
@@ -69,12 +69,12 @@ def make_model(vocab_size: int, num_layers: int = 3) -> LlamaForCausalLM:
     )
 
 
-def document(rng: random.Random) -> str:
+def document(rng: random.Random, digits: int = DIGITS) -> str:
     """One text of the training data, as the module's docstring describes it."""
     kind = rng.random()
     if kind < 0.7:
-        a, b = draw_problem(rng)
-        dropped = tuple(column for column in range(3) if rng.random() < FORGETS)
+        a, b = draw_problem(rng, digits=digits)
+        dropped = tuple(column for column in range(digits) if rng.random() < FORGETS)
         return f"{a}+{b}={worked_sum(a, b, dropped)}"
     if kind < 0.9:
         x, y = rng.randint(0, 9), rng.randint(0, 9)
@@ -82,11 +82,13 @@ def document(rng: random.Random) -> str:
     return "".join(rng.choices(CHARACTERS, k=rng.randint(8, 48)))
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, size: int, seed: int, digits: int = DIGITS
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of padded documents; tensors of shape (size, longest document + 1)."""
     rng = random.Random(seed)
     while True:
-        texts = [document(rng) + tokenizer.eos_token for _ in range(size)]
+        texts = [document(rng, digits) + tokenizer.eos_token for _ in range(size)]
         batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         yield dict(batch)
@@ -115,18 +117,19 @@ def train(
             print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the demo's base model.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--digits", type=int, default=DIGITS, help="digits of the numbers")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     set_seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), args.layers)
-    texts = batches(tokenizer, args.batch_size, args.seed)
+    texts = batches(tokenizer, args.batch_size, args.seed, args.digits)
     train(model, texts, args.steps, learning_rate=3e-3, warm_up=100)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -41,14 +41,14 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     )
 
 
-def make_model(vocab_size: int) -> LlamaForCausalLM:
+def make_model(vocab_size: int, hidden_size: int = 192, num_layers: int = 6) -> LlamaForCausalLM:
     """An untrained Llama."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=6,
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 8 // 3,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=CONTEXT,

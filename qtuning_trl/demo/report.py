@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..plots import plot_eu_plane
 from ..record import SUMMARY_NAME, THRESHOLDS
-from .arithmetic import KINDS, final_answer, load_demo_dataset, right_answer
+from .arithmetic import KINDS, final_answer, right_answer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PLOT_NAME = "eu_plane.png"
 POOLS_KEPT = 8
-MAX_NEW_TOKENS = 48  # the longest right answer has 43 tokens, the end of the sequence included
+SPARE_TOKENS = 5  # that an answer may have more than the longest right one
 
 
 def accuracy(
@@ -34,7 +34,8 @@ def accuracy(
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, with or without an adapter; its mode is restored.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        dataset ([`~datasets.Dataset`]): With prompts such as `"247+385="` in the column `prompt`.
+        dataset ([`~datasets.Dataset`]): With prompts such as `"247+385="` in the column `prompt`, and the right
+            answers in `completion`.
         batch_size (`int`): Problems in one batch of generation.
 
     Returns:
@@ -46,6 +47,7 @@ def accuracy(
     prompts = list(dataset["prompt"])
     if not prompts:
         raise ValueError("The dataset has no problem to measure accuracy on: give at least one row.")
+    max_new_tokens = max(len(tokenizer(text)["input_ids"]) for text in dataset["completion"]) + 1 + SPARE_TOKENS
     was_training = model.training
     model.eval()
     right = 0
@@ -56,7 +58,7 @@ def accuracy(
             output = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,
             )
@@ -69,9 +71,9 @@ def accuracy(
 
 
 def held_out_accuracy(trainer: "QTuningSFTTrainer") -> float:
-    """Accuracy of a trainer's model on the demo's held-out problems; `accuracy` of a comparison can name it."""
+    """Accuracy of a trainer's model on the problems of its test split; `accuracy` of a comparison can name it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return accuracy(model, trainer.processing_class, load_demo_dataset()["test"])
+    return accuracy(model, trainer.processing_class, trainer.eval_dataset)
 
 
 class PoolCollector(TrainerCallback):

@@ -13,9 +13,8 @@ Started again, a comparison goes on with the runs that have no result yet.
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ..cli import EPILOG
+from ..cli import EPILOG, FAILED_RUN, exit_on_error
 from ..compare import (
     FAILURE_NAME,
     RECIPE_NAME,
@@ -42,7 +41,6 @@ from ..compare import (
     write_result,
 )
 
-MODULE = "qtuning_trl.scripts.compare"
 TABLE_NAME = "comparison"
 
 
@@ -72,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
         _print_plan(folder, runs)
         return 0
     _check_options(folder, runs)
+    context = _process_context()
     for number, run in enumerate(runs, 1):
-        _run(folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
+        _run(context, folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
     rows = summarize(read_results(folder, runs))
     _print_table(rows, comparison.recipe)
     (folder / f"{TABLE_NAME}.md").write_text(markdown(rows, Path(comparison.recipe).stem), encoding="utf-8")
@@ -129,23 +128,48 @@ def _print_plan(folder: Path, runs: list[Run]) -> None:
     print(text + ".")
 
 
-def _run(folder: Path, run: Run, comparison: Comparison, place: str, retry: bool) -> None:
+def _process_context() -> Any:
+    """
+    How the runs' processes start. Where there is no GPU, a server that has imported everything forks them, since
+    importing takes longer than a small run; CUDA survives no fork.
+    """
+    import torch
+
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qtuning_trl.scripts.sft", "qtuning_trl.trainer"])
+    return context
+
+
+def _run(context: Any, folder: Path, run: Run, comparison: Comparison, place: str, retry: bool) -> None:
     failure = folder / FAILURE_NAME
     if (folder / RESULT_NAME).is_file() or (failure.is_file() and not retry):
         return
     failure.unlink(missing_ok=True)
     print(f"[{place}] {run.pruner} {run.budget} seed {run.seed}", flush=True)
-    command = [sys.executable, "-m", MODULE, str(folder), run.pruner, comparison.accuracy or ""]
-    with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TQDM_DISABLE": "1"})
-    if done.returncode < 0:
+    process = context.Process(target=_run_here, args=(folder, run.pruner, comparison.accuracy))
+    process.start()
+    process.join()
+    status = process.exitcode or 0
+    if status < 0:
         # Killed from outside, as by Ctrl-C or for want of memory: no verdict on the run, which is repeated next time.
-        print(f"  ended by signal {-done.returncode}; see {folder / 'log.txt'}")
-    elif done.returncode:
+        print(f"  ended by signal {-status}; see {folder / 'log.txt'}")
+    elif status:
         lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
         reason = next((line for line in reversed(lines) if "error:" in line.lower()), lines[-1] if lines else "")
         failure.write_text(reason + "\n", encoding="utf-8")
         print(f"  failed: {reason}")
+
+
+def _run_here(folder: Path, pruner: str, accuracy: str | None) -> None:
+    """What the process of one run does: everything it prints goes into its log."""
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ["TQDM_DISABLE"] = "1"
+    with exit_on_error(FAILED_RUN):
+        write_result(folder, train_and_measure(folder, pruner, accuracy))
 
 
 def _print_table(rows: list[dict[str, Any]], recipe: str) -> None:
@@ -164,7 +188,7 @@ def _print_table(rows: list[dict[str, Any]], recipe: str) -> None:
 
 def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[str, Any]:
     """
-    What the process of one run does: train by its recipe (not for zero-shot), and measure.
+    Train by a run's recipe (not for zero-shot), and measure.
 
     Returns:
         `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `kept_samples` and `kept_tokens`
@@ -194,11 +218,3 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
         module, _, function = accuracy.partition(":")
         result["accuracy"] = getattr(importlib.import_module(module), function)(trainer)
     return result
-
-
-if __name__ == "__main__":
-    from ..cli import FAILED_RUN, exit_on_error
-
-    with exit_on_error(FAILED_RUN):
-        run_folder = Path(sys.argv[1])
-        write_result(run_folder, train_and_measure(run_folder, sys.argv[2], sys.argv[3] or None))
