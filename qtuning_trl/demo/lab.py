@@ -102,7 +102,7 @@ def make_gsm8k(folder: Path, path: Path, base_steps: int = 600) -> None:
     """
     rows = [
         {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
-        for row in Dataset.from_json(str(path)).to_list()  # type: ignore[union-attr]
+        for row in Dataset.from_json(str(path)).to_list()
         if len(row["question"]) + len(row["answer"]) <= GSM8K_LONGEST
     ]
     reserved = GSM8K_PRETRAINING_ROWS + GSM8K_TEST_ROWS
