@@ -1,0 +1,81 @@
+"""
+Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`.
+
+```bash
+PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_sums_2_variants.yaml
+```
+"""
+
+from dataclasses import replace
+
+import torch
+from scipy.stats import rankdata
+
+from qtuning_trl.method import SampleSelection, budget_size, descending, select_samples
+from qtuning_trl.pruners import register_sample_pruner
+from qtuning_trl.pruners.samples import Pool, q_tuning
+
+
+@register_sample_pruner("fill_by_rank", needs=["scores"])
+def fill_by_rank(pool: Pool) -> SampleSelection:
+    """P and E of the supplementary score are ranks instead of min-max normalised."""
+    ranks = (torch.from_numpy(rankdata(values)) for values in (pool.perplexity, pool.entropy))
+    # The quadrants depend on order alone, so they stay what they were; min-max of ranks are ranks.
+    return select_samples(*ranks, pool.sample_ratio)
+
+
+@register_sample_pruner("fill_by_log", needs=["scores"])
+def fill_by_log(pool: Pool) -> SampleSelection:
+    """P of the supplementary score is the min-max normalised log-perplexity, whose tail is lighter."""
+    return select_samples(pool.perplexity.log(), pool.entropy, pool.sample_ratio)
+
+
+@register_sample_pruner("fill_whole", needs=["scores"])
+def fill_whole(pool: Pool) -> SampleSelection:
+    """Whatever fills up keeps all its tokens, as Q4 does."""
+    selection = q_tuning(pool)
+    return replace(selection, prune_tokens=selection.prune_tokens & ~selection.filled)
+
+
+@register_sample_pruner("fill_pruned", needs=["scores"])
+def fill_pruned(pool: Pool) -> SampleSelection:
+    """Whatever fills up has its tokens pruned, as Q2 has."""
+    selection = q_tuning(pool)
+    return replace(selection, prune_tokens=selection.prune_tokens | selection.filled)
+
+
+@register_sample_pruner("tokens_of_all", needs=["scores"])
+def tokens_of_all(pool: Pool) -> SampleSelection:
+    """Tokens are pruned in Q4 too."""
+    selection = q_tuning(pool)
+    return replace(selection, prune_tokens=selection.keep)
+
+
+@register_sample_pruner("fill_at_random", needs=["scores"])
+def fill_at_random(pool: Pool) -> SampleSelection:
+    """The fill is drawn at random, and kept whole: what Q2 and Q4 alone are worth."""
+    selection = q_tuning(pool)
+    kept = selection.keep & ~selection.filled
+    lots = torch.rand(len(kept), generator=pool.generator)
+    keep = torch.zeros_like(kept)
+    keep[descending(kept.double(), lots)[: budget_size(pool.sample_ratio, len(kept))]] = True
+    return replace(selection, keep=keep, filled=keep & ~kept, prune_tokens=selection.prune_tokens & kept)
+
+
+@register_sample_pruner("q2_alone", needs=["scores"])
+def q2_alone(pool: Pool) -> SampleSelection:
+    """Misconceptions alone: the side of the diagonal with the higher error, by the supplementary score; pruned."""
+    return _one_side(pool, 1.0)
+
+
+@register_sample_pruner("q4_alone", needs=["scores"])
+def q4_alone(pool: Pool) -> SampleSelection:
+    """Calibration data alone: the side of the diagonal with the higher uncertainty; kept whole."""
+    return _one_side(pool, -1.0)
+
+
+def _one_side(pool: Pool, sign: float) -> SampleSelection:
+    selection = q_tuning(pool)
+    error, uncertainty = (torch.from_numpy(rankdata(values)) for values in (pool.perplexity, pool.entropy))
+    keep = pool.keep_highest(sign * (error - uncertainty))
+    return replace(selection, keep=keep, filled=keep & (selection.quadrant == 0), prune_tokens=keep & (sign > 0))
