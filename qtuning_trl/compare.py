@@ -70,6 +70,7 @@ class Comparison:
         options (`dict`): Options of `qtuning sft` for every run.
         accuracy (`str`, *optional*): `module:function`, called with the trainer, that returns the share of right
             answers on held-out tasks.
+        title (`str`, *optional*): What the table is headed with; the recipe's name by default.
     """
 
     recipe: str
@@ -79,6 +80,10 @@ class Comparison:
     output_dir: str
     options: dict[str, Any] = field(default_factory=dict)
     accuracy: str | None = None
+    title: str | None = None
+
+    def __post_init__(self):
+        self.title = self.title or Path(self.recipe).stem
 
     def runs(self) -> list[Run]:
         """Every run of the grid, seed by seed, so that an early look sees all rows; the two references come first."""
@@ -234,6 +239,7 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
 def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table that is shown and written."""
     metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
+    full = next((row for row in rows if row["pruner"] == FULL_DATA), {})
     headings = ["pruner", "budget", "seeds"]
     for metric in metrics:
         headings += [METRICS[metric], "p against full"]
@@ -244,7 +250,7 @@ def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         for metric in metrics:
             line += [
                 _estimate(row.get(metric), percent=metric == "accuracy"),
-                _number(row.get(f"{metric}_p"), "{:.3f}"),
+                _verdict(row, metric, full),
             ]
         for name, form in (
             ("kept_samples", "{:.1%}"),
@@ -266,6 +272,16 @@ def _estimate(estimate: Estimate | None, percent: bool) -> str:
     return text if estimate.half_width is None else f"{text} ± {form.format(estimate.half_width)}"
 
 
+def _verdict(row: dict[str, Any], metric: str, full: dict[str, Any]) -> str:
+    """The p value against full data; below 0.05, whether the row is better or worse."""
+    p_value = row.get(f"{metric}_p")
+    text = _number(p_value, "{:.3f}")
+    if p_value is None or p_value >= 0.05:
+        return text
+    higher = row[metric].mean > full[metric].mean
+    return f"{text} {'better' if higher == (metric == 'accuracy') else 'worse'}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
@@ -285,8 +301,34 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with plain numbers."""
+def to_json(comparison: Comparison, results: dict[Run, dict[str, Any]]) -> dict[str, Any]:
+    """
+    A comparison with plain values: its `title`, what its runs had in common, the `versions` they ran with, the `rows`
+    of [`summarize`], and every run's own figures.
+    """
+    rows = [
+        {name: vars(value) if isinstance(value, Estimate) else value for name, value in row.items()}
+        for row in summarize(results)
+    ]
+    return {
+        "title": comparison.title,
+        "recipe": comparison.recipe,
+        "options": comparison.options,
+        "versions": next((result["versions"] for result in results.values() if "versions" in result), None),
+        "rows": rows,
+        "runs": [
+            {
+                **{name: getattr(run, name) for name in ("pruner", "budget", "seed", "options")},
+                **{name: value for name, value in result.items() if name != "versions"},
+            }
+            for run, result in results.items()
+        ],
+    }
+
+
+def rows_from_json(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of [`summarize`], from what [`to_json`] made of them."""
     return [
-        {name: vars(value) if isinstance(value, Estimate) else value for name, value in row.items()} for row in rows
+        {name: Estimate(**value) if isinstance(value, dict) else value for name, value in row.items()}
+        for row in content["rows"]
     ]

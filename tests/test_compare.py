@@ -23,7 +23,10 @@ from qtuning_trl.compare import (
     markdown,
     paired_p_value,
     pruner_options,
+    rows_from_json,
     summarize,
+    table_cells,
+    to_json,
 )
 
 
@@ -179,6 +182,39 @@ def test_a_row_holds_its_seeds_and_what_failed():
     text = markdown(rows, "title")
     assert "| q_tuning | 25x50 | 2 | - | - | 2.2000 ± 13.9768 |" in text
     assert "- q_tuning 25x50, seed 1: it broke" in text
+
+
+def test_a_verdict_stands_where_the_difference_is_significant():
+    def row(pruner, losses, accuracies):
+        runs = [Run(pruner, "25x50", seed, {}) for seed in range(len(losses))]
+        figures = zip(losses, accuracies, strict=True)
+        return {run: result(eval_loss=loss, accuracy=right) for run, (loss, right) in zip(runs, figures, strict=True)}
+
+    full = [Run(FULL_DATA, "100x100", seed, {}) for seed in range(3)]
+    reference = zip((1.0, 2.0, 3.0), (0.5, 0.6, 0.7), strict=True)
+    results = {run: result(eval_loss=loss, accuracy=right) for run, (loss, right) in zip(full, reference, strict=True)}
+    # Differences of 0.1, 0.11 and 0.12 in the loss and of 0.1, 0.11 and 0.12 in the accuracy: t = 19.05, p = 0.003.
+    results |= row("up", (1.1, 2.11, 3.12), (0.6, 0.71, 0.82))
+    results |= row("down", (0.9, 1.89, 2.88), (0.4, 0.49, 0.58))
+    results |= row("level", (1.1, 1.9, 3.0), (0.6, 0.5, 0.7))
+    headings, cells = table_cells(summarize(results))
+    verdicts = [
+        [cell for heading, cell in zip(headings, line, strict=True) if heading == "p against full"] for line in cells
+    ]
+    assert verdicts == [
+        ["-", "-"], ["0.003 better", "0.003 worse"], ["0.003 worse", "0.003 better"], ["1.000", "1.000"],
+    ]  # fmt: skip
+
+
+def test_a_written_comparison_can_be_read_back(tmp_path, config):
+    comparison = load_comparison(config(title="The title"))
+    results = {run: result(eval_loss=1.0 + run.seed, versions={"trl": "1"}) for run in comparison.runs()}
+    content = json.loads(json.dumps(to_json(comparison, results)))
+    assert rows_from_json(content) == summarize(results)
+    assert (content["title"], content["versions"]) == ("The title", {"trl": "1"})
+    assert [run["pruner"] for run in content["runs"]] == [ZERO_SHOT, FULL_DATA, "mask"]
+    comparison = load_comparison(config(pruners=["random", {"name": "none", "budgets": ["50x100"]}]))
+    assert [run.budget for run in comparison.runs()] == ["100x100", "100x100", "25x50", "50x100"]
 
 
 def test_names_stand_for_pairs_of_pruners():

@@ -73,10 +73,12 @@ def main(argv: Sequence[str]) -> int:
     context = _process_context()
     for number, run in enumerate(runs, 1):
         _run(context, folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
-    rows = summarize(read_results(folder, runs))
-    _print_table(rows, comparison.recipe)
-    (folder / f"{TABLE_NAME}.md").write_text(markdown(rows, Path(comparison.recipe).stem), encoding="utf-8")
-    (folder / f"{TABLE_NAME}.json").write_text(json.dumps(to_json(rows), indent=2) + "\n", encoding="utf-8")
+    results = read_results(folder, runs)
+    rows = summarize(results)
+    _print_table(rows, str(comparison.title))
+    (folder / f"{TABLE_NAME}.md").write_text(markdown(rows, str(comparison.title)), encoding="utf-8")
+    text = json.dumps(to_json(comparison, results), indent=2)
+    (folder / f"{TABLE_NAME}.json").write_text(text + "\n", encoding="utf-8")
     print(f"Written to {folder / TABLE_NAME}.md and .json")
     return 1 if any(row["failures"] for row in rows) else 0
 
@@ -172,9 +174,9 @@ def _run_here(folder: Path, pruner: str, accuracy: str | None) -> None:
         write_result(folder, train_and_measure(folder, pruner, accuracy))
 
 
-def _print_table(rows: list[dict[str, Any]], recipe: str) -> None:
+def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     headings, cells = table_cells(rows)
-    table = Table(title=Path(recipe).stem)
+    table = Table(title=title)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "pruner" else "right")
     for line in cells:
@@ -192,7 +194,8 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
 
     Returns:
         `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `kept_samples` and `kept_tokens`
-        (shares of the candidates), `seconds`, `seconds_selecting`, `peak_bytes`, `steps`, `versions`.
+        (shares of the candidates), `seconds`, `seconds_selecting`, `peak_bytes`, `steps`, `groups` (counts by
+        `group_column`), `versions`.
     """
     from .sft import build_trainer, parse
 
@@ -212,6 +215,7 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
         "kept_tokens": summary["answer_tokens"]["ratio_reached"],
         "peak_bytes": summary["peak_memory"]["bytes"],
         "steps": summary["steps"],
+        "groups": summary.get("groups"),
         "versions": summary["versions"],
     }
     if accuracy:

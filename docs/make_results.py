@@ -1,0 +1,152 @@
+"""
+Make `docs/results.md`, and the README's table, from the committed results of comparisons.
+
+```bash
+qtuning compare --config recipes/lab/compare_sums_2.yaml
+cp runs/lab/results/sums_2/comparison.json docs/results/lab/sums_2.json
+python docs/make_results.py           # --check: only say whether the pages are what the results make
+```
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qtuning_trl.compare import FULL_DATA, ZERO_SHOT, Estimate, markdown, rows_from_json
+
+DOCS = Path(__file__).parent
+FOLDER = DOCS / "results" / "lab"
+README = DOCS.parent / "README.md"
+BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
+# In the order of the page.
+NAMES = (
+    "sums_2",
+    "sums_4",
+    "gsm8k",
+    "sums_2_more_mislabelled",
+    "sums_2_more_garbled",
+    "sums_2_no_noise",
+    "sums_2_variants",
+)
+# Columns of the README's table: comparison, figure, heading.
+README_COLUMNS = (
+    ("sums_2", "accuracy", "sums of two digits, accuracy"),
+    ("sums_2", "eval_loss", "held-out loss"),
+    ("sums_4", "accuracy", "sums of four digits, accuracy"),
+    ("sums_4", "eval_loss", "held-out loss"),
+    ("gsm8k", "eval_loss", "GSM8K's text, held-out loss"),
+)
+README_BUDGETS = ("100x100", "25x50", "25x100")
+
+INTRODUCTION = """# Results
+
+Made by `python docs/make_results.py` from [results/lab](results/lab), which hold every run; nothing here is written
+by hand. [experiments.md](experiments.md) says what it means, on which machine and at which commit it ran, and what
+else was tried.
+
+What the rows are: a sample pruner and a token pruner ([pruners.md](pruners.md)); `q_tuning` alone is both its stages.
+What the budget is: samples x tokens that are kept, in per cent; a token pruner of the rivals prunes all survivors,
+Q-Tuning's prunes Q2 alone, so that it trains on more tokens at the same budget (column `tokens`, of all candidates'
+answers). All runs of a table have the same number of optimizer steps. `better` and `worse` stand where p < 0.05; with
+so many rows, some are so by chance. Seconds and memory are those of a shared machine with tiny models: a hint, no
+benchmark.
+
+The base models, the data and the noise planted in it are made by `python -m qtuning_trl.demo.lab`; each table's
+comparison is in [recipes/lab](../recipes/lab), `qtuning compare --config recipes/lab/compare_NAME.yaml`.
+"""
+
+
+def load(name: str) -> dict[str, Any]:
+    """A comparison as `qtuning compare` wrote it."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(contents: dict[str, dict[str, Any]]) -> str:
+    """`docs/results.md`."""
+    parts = [INTRODUCTION]
+    for name, content in contents.items():
+        parts.append(markdown(rows_from_json(content), f"{content['title']} ({name})"))
+        kinds = kinds_table(content)
+        if kinds:
+            parts.append(kinds)
+    return "\n".join(parts)
+
+
+def kinds_table(content: dict[str, Any]) -> str | None:
+    """What share of each kind of row survived, over all seeds; `None` if the runs did not count kinds."""
+    kept: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for run in content["runs"]:
+        for kind, counts in (run.get("groups") or {}).items():
+            if run["pruner"] not in (ZERO_SHOT, FULL_DATA):
+                counted = kept.setdefault((run["pruner"], run["budget"]), {}).setdefault(kind, [0, 0])
+                counted[0] += counts["kept"]
+                counted[1] += counts["candidates"]
+    if not kept:
+        return None
+    kinds = sorted({kind for counts in kept.values() for kind in counts})
+    lines = [
+        "Share of each kind of row that was kept:", "",
+        f"| pruner | budget | {' | '.join(kinds)} |", f"|{'---|' * (len(kinds) + 2)}",
+    ]  # fmt: skip
+    for (pruner, budget), counts in kept.items():
+        cells = [f"{counts[kind][0] / counts[kind][1]:.1%}" if kind in counts else "-" for kind in kinds]
+        lines.append(f"| {pruner} | {budget} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_table(contents: dict[str, dict[str, Any]]) -> str:
+    """The README's table: every pruner at 25% of the samples, on each task."""
+    tables = {
+        name: {(row["pruner"], row["budget"]): row for row in rows_from_json(content)}
+        for name, content in contents.items()
+    }
+    columns = [column for column in README_COLUMNS if column[0] in tables]
+    first = tables[columns[0][0]]
+    lines = [
+        f"| samples + tokens | budget | {' | '.join(heading for _, _, heading in columns)} |",
+        f"|{'---|' * (len(columns) + 2)}",
+    ]
+    for pruner, budget in first:
+        if budget in README_BUDGETS:
+            cells = [shown(tables[name].get((pruner, budget), {}).get(metric), metric) for name, metric, _ in columns]
+            label = "-" if pruner == ZERO_SHOT else budget
+            lines.append(f"| {pruner} | {label} | {' | '.join(cells)} |")
+    seeds = max(len(row["seeds"]) for row in first.values())
+    lines += ["", f"Mean and half of the 95% interval over {seeds} seeds; loss in nats a token, on clean rows."]
+    return "\n".join(lines)
+
+
+def shown(estimate: Estimate | None, metric: str) -> str:
+    """Mean and half-width of the interval."""
+    if estimate is None:
+        return "-"
+    form = "{:.1%}" if metric == "accuracy" else "{:.3f}"
+    spread = "" if estimate.half_width is None else f" ± {form.format(estimate.half_width)}"
+    return form.format(estimate.mean) + spread
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make docs/results.md and the README's table from committed results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    arguments = parser.parse_args()
+    contents = {name: load(name) for name in NAMES if (FOLDER / f"{name}.json").is_file()}
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    pages = {
+        DOCS / "results.md": page(contents),
+        README: f"{before}{BEGIN}\n{readme_table(contents)}\n{END}{after}",
+    }
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if arguments.check:
+            print(f"{path} is not what the committed results make: run `python docs/make_results.py`.", file=sys.stderr)
+        else:
+            path.write_text(pages[path], encoding="utf-8")
+            print(f"Written: {path}")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
