@@ -33,9 +33,9 @@ NOISE = {
     "more_garbled": (0.3, 0.4),
 }
 
-GSM8K_SHARES = {"swapped": 0.3, "shuffled": 0.1}
+GSM8K_SHARES = {"swapped": 0.2, "shuffled": 0.2}
 GSM8K_LONGEST = 500  # characters of a question and its answer; longer ones are left out, for speed
-GSM8K_PRETRAINING_ROWS, GSM8K_TEST_ROWS = 2000, 400
+GSM8K_PRETRAINING_ROWS, GSM8K_TEST_ROWS = 2000, 300
 
 
 def corrupted(rows: list[dict[str, str]], seed: int, swapped: float, shuffled: float) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ def make_sums(folder: Path, digits: int, base_steps: int, num_rows: int) -> None
     make_base_model.main(arguments)
 
 
-def make_gsm8k(folder: Path, path: Path, base_steps: int = 600) -> None:
+def make_gsm8k(folder: Path, path: Path, base_steps: int = 400) -> None:
     """
     GSM8K's text: a base model that has read two thousand questions with their answers, and others to fine-tune on.
 
@@ -117,7 +117,7 @@ def make_gsm8k(folder: Path, path: Path, base_steps: int = 600) -> None:
     texts = [row["prompt"] + row["completion"] for row in pretraining]
     set_seed(0)
     tokenizer = make_text_model.make_tokenizer(texts, vocab_size=2048)
-    model = make_text_model.make_model(len(tokenizer), hidden_size=128, num_layers=4)
+    model = make_text_model.make_model(len(tokenizer), hidden_size=128, num_layers=3)
     batches = make_text_model.batches(tokenizer, texts, size=32)
     make_base_model.train(model, batches, base_steps, learning_rate=2e-3, warm_up=50)
     model.save_pretrained(folder / "base")
