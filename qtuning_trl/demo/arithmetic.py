@@ -61,10 +61,15 @@ def final_answer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def right_answer(prompt: str) -> int:
-    """The sum that a prompt such as `"247+385="` asks for."""
+def operands(prompt: str) -> tuple[int, int]:
+    """The numbers that a prompt such as `"247+385="` asks the sum of."""
     a, b = prompt.removesuffix("=").split("+")
-    return int(a) + int(b)
+    return int(a), int(b)
+
+
+def right_answer(prompt: str) -> int:
+    """The sum that a prompt asks for."""
+    return sum(operands(prompt))
 
 
 def is_held_out(a: int, b: int) -> bool:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..plots import plot_eu_plane
 from ..record import SUMMARY_NAME, THRESHOLDS
-from .arithmetic import KINDS, final_answer, right_answer
+from .arithmetic import KINDS, final_answer, operands, right_answer, worked_sum
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,8 +34,7 @@ def accuracy(
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, with or without an adapter; its mode is restored.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        dataset ([`~datasets.Dataset`]): With prompts such as `"247+385="` in the column `prompt`, and the right
-            answers in `completion`.
+        dataset ([`~datasets.Dataset`]): With prompts such as `"247+385="` in the column `prompt`.
         batch_size (`int`): Problems in one batch of generation.
 
     Returns:
@@ -47,7 +46,8 @@ def accuracy(
     prompts = list(dataset["prompt"])
     if not prompts:
         raise ValueError("The dataset has no problem to measure accuracy on: give at least one row.")
-    max_new_tokens = max(len(tokenizer(text)["input_ids"]) for text in dataset["completion"]) + 1 + SPARE_TOKENS
+    right_texts = [worked_sum(*operands(prompt)) for prompt in prompts]
+    max_new_tokens = max(map(len, tokenizer(right_texts)["input_ids"])) + 1 + SPARE_TOKENS
     was_training = model.training
     model.eval()
     right = 0
