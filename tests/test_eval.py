@@ -379,13 +379,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(place):
 # The paper's tasks
 
 
-def test_the_papers_tasks_are_in_lm_eval_with_these_metrics():
+def test_the_papers_tasks_are_in_lm_eval_as_documented():
     folders = ("arc", "gsm8k", "squadv2", "triviaqa", "minerva_math", "benchmarks")
     tasks = Path(lm_eval.__file__).parent / "tasks"
     manager = TaskManager(include_path=[tasks / folder for folder in folders], include_defaults=False)
+    documented = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
     for paper in PAPER_TASKS:
         metric, filter_name = paper.metric.split(",")
         config = manager.task_index[paper.task].cfg
+        one = manager.task_index[config["task"][0] if "group" in config else paper.task].cfg
+        shown = f"`{metric}`" if filter_name == "none" else f"`{metric}`, `{filter_name}`"
+        assert f"| {paper.name} | `{paper.task}` | {shown} | {one.get('num_fewshot') or 0} |" in documented
         if paper.task == "squadv2":
             assert metric in SQuAD2.higher_is_better(None)
             continue

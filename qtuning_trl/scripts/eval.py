@@ -76,14 +76,16 @@ def main(argv: Sequence[str]) -> int:
     arguments = make_parser().parse_args(argv)
     console = Console()
     check_arguments(arguments)
-    manager, loaded = load_tasks(task_names(arguments.tasks), arguments.include_path)
+    device = pick_device(arguments.device)
     name, named_base = find_model(arguments.model, arguments.adapter)
     if named_base is not None and not same_model(name, named_base):
         console.print(
             f"Warning: `--model` is {name!r}, but the adapter names {named_base!r} as its base model.", markup=False
         )
     tokenizer, tokenizer_name = load_tokenizer(arguments, name)
-    device = pick_device(arguments.device)
+    names = task_names(arguments.tasks)
+    console.print(f"Loading tasks: {', '.join(names)}", markup=False)
+    manager, loaded = load_tasks(names, arguments.include_path)
     model: Any = load_model(name, arguments.dtype, device, arguments.load_in_4bit)
     check_vocabulary(model, tokenizer, tokenizer_name)
     applied = None
