@@ -226,6 +226,18 @@ def test_the_command_runs_as_a_process(place, record):
     assert f"Written to {folder / 'eval.json'} and .md" in done.stdout
 
 
+def test_an_evaluation_that_fails_exits_with_1(place, tmp_path, capsys):
+    # lm-eval tries a task's first document when it is loaded; this one fails at the second.
+    task = choice_task("broken", place / "rows.jsonl", ["acc"], doc_to_text="{{prompt}}{{1 / (answer - 1)}}")
+    write_yaml(tmp_path / "broken.yaml", task)
+    options = ["--tasks", "broken", "--include_path", str(tmp_path), "--output", str(tmp_path / "out"), "--use_cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", str(place / "base"), *options])
+    assert stopped.value.code == 1
+    assert "qtuning: error: ZeroDivisionError" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
 # The check that the adapter is applied
 
 

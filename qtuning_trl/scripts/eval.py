@@ -13,8 +13,8 @@ import difflib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -147,7 +147,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         )
     for option in ("model", "adapter", "tokenizer"):
         value = getattr(arguments, option)
-        if value and value.startswith(("./", "../", "/", "~")) and not Path(value).expanduser().exists():
+        if value and value.startswith(("./", "../", "/", "~")) and not Path(value).exists():
             raise ValueError(f"`--{option}` is {value!r}: no such folder.")
     adapter = Path(arguments.adapter) if arguments.adapter else None
     if adapter is not None and adapter.exists() and not (adapter / "adapter_config.json").is_file():
@@ -220,7 +220,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskMan
         if set(names) <= set(own.all_subtasks):
             manager = own
     if manager is None:
-        manager = TaskManager(include_path=include_path)  # reads 14,000 files
+        manager = TaskManager(include_path=include_path)  # takes five seconds
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
@@ -231,10 +231,9 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskMan
         try:
             found = manager.load([name])
         except Exception as error:  # whatever the libraries below, or a task's own code, may raise
-            cause = " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
             raise ValueError(
-                f"`--tasks` has {name!r}, whose data cannot be loaded ({cause}): lm-eval's tasks fetch theirs from the "
-                "Hub, so check the connection; a task file of your own in `--include_path` can name local files."
+                f"`--tasks` has {name!r}, whose data cannot be loaded ({_cause(error)}): lm-eval's tasks fetch theirs "
+                "from the Hub, so check the connection; a task file of your own in `--include_path` can name local files."
             ) from error
         loaded["tasks"].update(found["tasks"])
         loaded["groups"].update(found["groups"])
@@ -303,7 +302,7 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]
 
 
 def _cause(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def same_model(name: str, other: str) -> bool:
@@ -482,18 +481,16 @@ def evaluate(
         )
 
 
-class _quiet:
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
     """No warnings from a logger, for a while."""
-
-    def __init__(self, name: str):
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: Any) -> None:
-        self.logger.setLevel(self.level)
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def run_facts(result: dict[str, Any]) -> dict[str, Any]:
