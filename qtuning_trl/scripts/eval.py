@@ -233,7 +233,7 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskMan
         except Exception as error:  # whatever the libraries below, or a task's own code, may raise
             raise ValueError(
                 f"`--tasks` has {name!r}, whose data cannot be loaded ({_cause(error)}): lm-eval's tasks fetch theirs "
-                "from the Hub, so check the connection; a task file of your own (`--include_path`) can name local files."
+                "from the Hub, so check the connection; your own task files (`--include_path`) can name local ones."
             ) from error
         loaded["tasks"].update(found["tasks"])
         loaded["groups"].update(found["groups"])
