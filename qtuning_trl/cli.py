@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Commands that run in this process; the others are launched through accelerate.
-MODULES = {"compare": ".scripts.compare", "report": ".report"}
+MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".report"}
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
     subparsers.add_parser("score", add_help=False, help="score a data set, without training: qtuning score --help")
     subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
+    subparsers.add_parser("eval", add_help=False, help="evaluate a model and its adapter: qtuning eval --adapter RUN")
     subparsers.add_parser("report", add_help=False, help="show what runs kept: qtuning report RUN [RUN ...]")
     argv = list(sys.argv[1:] if argv is None else argv)
     # The command's own options are its own parser's business; building that one takes seconds.
