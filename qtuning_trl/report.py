@@ -8,7 +8,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -105,7 +105,7 @@ def report_data(readers: Sequence[RecordReader], names: Sequence[str], color_by:
             "column that `group_column` names."
         )
     return {
-        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": version("qtuning-trl"),
         "color_by": "quadrant" if color_by in (None, "quadrant") else "group",
         "quadrants": [

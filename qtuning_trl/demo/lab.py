@@ -14,6 +14,7 @@ pruners on them.
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ NOISE = {
     "more_garbled": (0.3, 0.4),
 }
 
+ANNOTATION = re.compile(r"<<[^>]*>>|\n####.*")
 GSM8K_SHARES = {"swapped": 0.2, "shuffled": 0.2}
 GSM8K_LONGEST = 500  # characters of a question and its answer; longer ones are left out, for speed
 GSM8K_PRETRAINING_ROWS, GSM8K_TEST_ROWS = 2000, 300
@@ -95,7 +97,8 @@ def make_sums(folder: Path, digits: int, base_steps: int, num_rows: int) -> None
 
 def make_gsm8k(folder: Path, path: Path, base_steps: int = 400) -> None:
     """
-    GSM8K's text: a base model that has read two thousand questions with their answers, and others to fine-tune on.
+    GSM8K's text: a base model that has read two thousand questions with their answers in plain words, without
+    `<<48/2=24>>` and `#### 24`, and other rows to fine-tune on, which have both.
 
     Raises:
         `ValueError`: If the file has too few rows.
@@ -114,7 +117,7 @@ def make_gsm8k(folder: Path, path: Path, base_steps: int = 400) -> None:
     random.Random(0).shuffle(rows)
     pretraining, test, train = rows[:GSM8K_PRETRAINING_ROWS], rows[GSM8K_PRETRAINING_ROWS:reserved], rows[reserved:]
     write_splits(folder / "data", corrupted(train, 0, **GSM8K_SHARES), [{**row, "kind": "clean"} for row in test])
-    texts = [row["prompt"] + row["completion"] for row in pretraining]
+    texts = [row["prompt"] + ANNOTATION.sub("", row["completion"]) for row in pretraining]
     set_seed(0)
     tokenizer = make_text_model.make_tokenizer(texts, vocab_size=2048)
     model = make_text_model.make_model(len(tokenizer), hidden_size=128, num_layers=3)

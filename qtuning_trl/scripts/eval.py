@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
             with model.disable_adapter() if column == BASE else nullcontext():
                 results[column] = evaluate(model, tokenizer, manager, loaded, arguments)
         record = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": package_versions(),
             "model": name,
             "adapter": applied and {"path": arguments.adapter, "base_model_name_or_path": named_base, **applied},
