@@ -137,6 +137,7 @@ def _process_context() -> Any:
     """
     import torch
 
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -169,7 +170,6 @@ def _run_here(folder: Path, pruner: str, accuracy: str | None) -> None:
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    os.environ["TQDM_DISABLE"] = "1"
     with exit_on_error(FAILED_RUN):
         write_result(folder, train_and_measure(folder, pruner, accuracy))
 
