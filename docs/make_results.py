@@ -29,6 +29,8 @@ NAMES = (
     "sums_2_more_garbled",
     "sums_2_no_noise",
     "sums_2_variants",
+    "sums_4_variants",
+    "sums_2_more_garbled_variants",
 )
 # Columns of the README's table: comparison, figure, heading.
 README_COLUMNS = (
