@@ -59,6 +59,8 @@ ARMS = {
     "12.5x50 small": "Q-Tuning, micro_batches: small (low peak memory)",
     "12.5x50 small rowwise": "the same, scored row by row: whether scoring sets the peak",
     "12.5x50 free": "Q-Tuning, survivor_checkpointing: false",
+    "25x50 free": "Q-Tuning, survivor_checkpointing: false",
+    "50x70 free": "Q-Tuning, survivor_checkpointing: false",
     "12.5x50 amortised": "Q-Tuning, score_reuse_epochs: 3, mean over three epochs",
     "12.5x50 half": "Q-Tuning, scored_share: 0.5",
 }
