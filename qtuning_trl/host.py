@@ -7,15 +7,25 @@ What is leant on in TRL and transformers beyond their documented hooks, wrapped 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 import trl.kernels.chunked_logprob as trl_head_kernel
 import trl.trainer.utils as trl_head
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .config import QTuningSFTConfig
 
@@ -204,6 +214,163 @@ def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+# Lean scoring
+
+
+@contextmanager
+def head_without_top1() -> Iterator[None]:
+    """
+    While it is open, TRL's fused LM head leaves out `is_top1`, which only the training metrics read.
+
+    Leans on `trl.trainer.utils._ChunkedLogProbFunction.apply` taking the names of its outputs as the last argument.
+    """
+    own = trl_head._ChunkedLogProbFunction
+
+    class WithoutTop1:
+        @staticmethod
+        def apply(*args: Any) -> Any:
+            return own.apply(*args[:-1], ("log_probs", "entropy"))
+
+    trl_head._ChunkedLogProbFunction = WithoutTop1  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        trl_head._ChunkedLogProbFunction = own  # type: ignore[misc]
+
+
+def adds_in_place(layer: lora.Linear, x: Tensor) -> bool:
+    """Whether a LoRA layer does no more with `x` than `W x + s B A x`, all of one type, so that it can add in place."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.training or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
+        return False
+    linears = (layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]])
+    return (
+        all(type(linear) is torch.nn.Linear and linear.weight.dtype == x.dtype for linear in linears)
+        and linears[1].bias is linears[2].bias is None
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+@contextmanager
+def lora_in_place() -> Iterator[None]:
+    """
+    While it is open, LoRA layers add `s B A x` to `W x` in place, where PEFT makes three tensors of that size.
+
+    The values are the same up to rounding, and no weight is touched. Dropout, DoRA, several adapters at once, mixed
+    precision and quantized layers stay PEFT's own.
+
+    Leans on `peft.tuners.lora.Linear` computing `base_layer(x) + lora_B(lora_A(dropout(x))) * scaling` for the active
+    adapters, those in `lora_variant` excepted.
+    """
+    own = lora.Linear.forward
+
+    def forward(layer: lora.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not adds_in_place(layer, x):
+            return own(layer, x, *args, **kwargs)
+        name = next(name for name in layer.active_adapters if name in layer.lora_A)
+        down, up = cast(Tensor, layer.lora_A[name].weight), cast(Tensor, layer.lora_B[name].weight)
+        result = layer.base_layer(x)
+        result.flatten(0, -2).addmm_(x.flatten(0, -2) @ down.T, up.T, alpha=layer.scaling[name])
+        return result
+
+    lora.Linear.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        lora.Linear.forward = own  # type: ignore[method-assign]
+
+
+BY_DOCUMENT = "sdpa_by_document"
+
+
+def sdpa_by_document(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Causal attention within each document of a flattened batch: transformers' SDPA, without padding and without a mask.
+
+    Args:
+        query, key, value (`Tensor` of shape `(1, heads, tokens, head size)`): Of all documents, one after the other.
+        attention_mask (`None`): None is made for an attention that transformers does not know.
+        cu_seq_lens_q (`Tensor` of shape `(documents + 1,)`): Where documents begin, and the last one ends.
+
+    Returns:
+        `tuple[Tensor, None]`: Of shape `(1, tokens, heads, head size)`.
+    """
+    outputs = []
+    start = 0
+    # Neighbours of one length go together.
+    for length, run in groupby(cu_seq_lens_q.diff().tolist()):
+        end = start + length * len(list(run))
+        queries, keys, values = (
+            states[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for states in (query, key, value)
+        )
+        output, _ = sdpa_attention_forward(module, queries, keys, values, attention_mask=None, **kwargs)
+        outputs.append(output.flatten(0, 1))
+        start = end
+    return torch.cat(outputs)[None], None
+
+
+AttentionInterface.register(BY_DOCUMENT, sdpa_by_document)
+
+
+def can_attend_by_document(model: PreTrainedModel, device: torch.device) -> bool:
+    """
+    Whether the model is on a CPU and plain causal SDPA is all that its tokens know of each other.
+
+    Leans on the config naming other kinds of layers in `layer_types` and `sliding_window`, and on the model's marks
+    `_is_stateful` (Mamba and hybrids) and `_supports_attention_backend`.
+    """
+    config = model.config.get_text_config()
+    return (
+        device.type == "cpu"
+        and config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and model._supports_attention_backend
+        and not model._is_stateful
+    )
+
+
+@contextmanager
+def attention_by_document(model: PreTrainedModel) -> Iterator[None]:
+    """While it is open, the model takes flattened batches only, and attends by [`sdpa_by_document`]."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(BY_DOCUMENT)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@contextmanager
+def lean_scoring(model: PreTrainedModel, device: torch.device, flattened: bool) -> Iterator[None]:
+    """
+    All that makes a scoring forward cheaper without changing its values: what is measured to help on a CPU.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model that scores.
+        device (`torch.device`): Where it is.
+        flattened (`bool`): Whether batches come flattened, without padding.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(scoring_mode(model))
+        stack.enter_context(head_without_top1())
+        stack.enter_context(lean_lm_head(device))
+        if device.type == "cpu":
+            stack.enter_context(lora_in_place())
+        if flattened and can_attend_by_document(model, device):
+            stack.enter_context(attention_by_document(model))
+        yield
 
 
 def load_scored_model(

@@ -51,9 +51,11 @@ from .documents import (
 )
 from .host import (
     attention_weights,
+    can_attend_by_document,
     count_items,
     keep_column,
     lean_lm_head,
+    lean_scoring,
     load_second_model,
     per_token_values,
     scoring_mode,
@@ -75,6 +77,8 @@ logger = get_logger(__name__)
 
 # Tokens scored at once, for each that is trained on at once: scoring keeps no activations (docs/benchmarks.md).
 SCORING_TO_TRAINING = 3
+# More than this many only take a CPU longer: they no longer fit into its caches (docs/experiments.md).
+MOST_ON_CPU = 512
 
 
 class QTuningSFTTrainer(SFTTrainer):
@@ -191,8 +195,13 @@ class QTuningSFTTrainer(SFTTrainer):
         # An adapter can be switched off; a model that is trained whole must be kept as it was.
         whole = "base" in args.token_needs and not isinstance(self.model, PeftModel)
         self._base = copy.deepcopy(self.model).requires_grad_(False) if whole else None
-        # Flattened batches cost no padding, and the kernels that can tell their documents apart do so by themselves.
-        flatten = self.padding_free or "flash" in str(self.model.config._attn_implementation)
+        # Flattened batches cost no padding. Flash attention tells their documents apart by itself; on a CPU we do.
+        scorers = [model for model in (self.model, self._proxy, self._reference) if model is not None]
+        flatten = (
+            self.padding_free
+            or "flash" in str(self.model.config._attn_implementation)
+            or all(can_attend_by_document(model, args.device) for model in scorers)
+        )
         self._scoring_collator = replace(
             cast(DataCollatorForLanguageModeling, self.data_collator), padding_free=flatten
         )
@@ -337,7 +346,10 @@ class QTuningSFTTrainer(SFTTrainer):
         survivors = self.args.sample_ratio * sum(row_lengths)
         if self.args.micro_batches == "small":
             survivors /= slots
-        return max(int(SCORING_TO_TRAINING * min(full_tokens, survivors)), max(row_lengths))
+        tokens = int(SCORING_TO_TRAINING * min(full_tokens, survivors))
+        if self.args.device.type == "cpu":
+            tokens = min(tokens, MOST_ON_CPU)
+        return max(tokens, max(row_lengths))
 
     def _prune_pool(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[Document], StepCounts]:
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
@@ -428,7 +440,8 @@ class QTuningSFTTrainer(SFTTrainer):
             idle = max(gather_object([len(batches)])) - len(batches)
 
         forward = partial(self._forward_documents, model=model)
-        with scoring_mode(model), lean_lm_head(self.args.device), self.compute_loss_context_manager():
+        flat = self._scoring_collator.padding_free
+        with lean_scoring(model, self.args.device, flat), self.compute_loss_context_manager():
             chosen = [[now[index] for index in batch] for batch in batches]
             values = score_documents(pool, answer_mask(pool), chosen, forward)
             for _ in range(idle):

@@ -275,22 +275,21 @@ class DatasetScorer:
         Raises:
             `FloatingPointError`: If a score is NaN or infinite.
         """
-        from ..host import lean_lm_head, scoring_mode
+        from ..host import lean_scoring
 
         trainer, accelerator = self.trainer, self.trainer.accelerator
         size = BatchSize(self.args.scoring_batch_tokens, self.args.device)
+        flat = trainer._scoring_collator.padding_free
         missing = self.partial.missing(self.parts)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         rows = sum(self._rows(part).stop - self._rows(part).start for part in mine)
         with (
             self._progress("Scoring", rows, done=len(self.prepared) // accelerator.num_processes - rows) as advance,
-            scoring_mode(trainer.model),
-            lean_lm_head(self.args.device),
+            lean_scoring(trainer.model, self.args.device, flat),
             trainer.compute_loss_context_manager(),
         ):
             for part in mine:
                 documents = scorable_rows(self.prepared, self._rows(part))
-                flat = trainer._scoring_collator.padding_free
                 scores = score_rows(documents, trainer._forward_documents, size, flat, advance)
                 self.partial.write(part, scores)
         accelerator.wait_for_everyone()
