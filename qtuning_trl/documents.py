@@ -13,7 +13,7 @@ from torch import Tensor
 # counts by a column; `column`, its value of `score_column`; `weight` of its loss; `pruned` if tokens of its answer were
 # taken out, and `kept_mask`, which of them stayed (bool, of shape (answer tokens,)).
 Document = dict[str, Any]
-NOT_FOR_THE_MODEL = ("sample_id", "group", "column", "weight", "pruned", "kept_mask")
+NOT_FOR_THE_MODEL = ("sample_id", "group", "column", "weight", "pruned", "kept_mask", "documents")
 SAMPLE_ID = "sample_id"
 KEPT_MASK = "kept_mask"
 
@@ -129,7 +129,7 @@ def pack_rows(documents: list[Document], max_length: int) -> list[Document]:
     """
     Pack documents into rows of at most `max_length` tokens, best fit decreasing, as `bfd` packing does.
 
-    No document may be longer than that; TRL's packing has cut them.
+    A row keeps its `documents`. No document may be longer than that; TRL's packing has cut them.
     """
     rows: list[list[Document]] = []
     free: list[int] = []
@@ -149,6 +149,7 @@ def pack_rows(documents: list[Document], max_length: int) -> list[Document]:
             "input_ids": np.concatenate([document["input_ids"] for document in row]),
             "labels": np.concatenate([document["labels"] for document in row]),
             "seq_lengths": [len(document["input_ids"]) for document in row],
+            "documents": row,
         }
         for row in rows
     ]

@@ -325,7 +325,7 @@ class QTuningSFTTrainer(SFTTrainer):
             stack.enter_context(lean_lm_head(self.args.device))
             if not inputs.pop("checkpointing"):
                 stack.enter_context(without_checkpointing(self.model))
-            if self._score_cache is not None and not self.args.packing:
+            if self._score_cache is not None:
                 stack.enter_context(self._renewed_scores(survivors))
             if survivors and "weights" in self._sample_pruner.needs:
                 weights = [document["weight"] for document in survivors]
@@ -479,13 +479,15 @@ class QTuningSFTTrainer(SFTTrainer):
     def _renewed_scores(self, survivors: list[Document]) -> Iterator[None]:
         """While it is open, a training forward renews the scores of the samples in it that are whole, for nothing."""
 
+        documents = [document for row in survivors for document in row.get("documents", [row])]
+
         def renew(_module: Any, _inputs: Any, outputs: Any) -> None:
-            ends = np.cumsum(answer_lengths(survivors))[:-1]
+            ends = np.cumsum(answer_lengths(documents))[:-1]
             nll, entropy = (
                 np.split(values[outputs.label_mask].detach().float().cpu().numpy(), ends)
                 for values in (-outputs.log_probs, outputs.entropy)
             )
-            for index, document in enumerate(survivors):
+            for index, document in enumerate(documents):
                 if not document.get("pruned"):
                     self._keep_score(document, nll[index].copy(), entropy[index].copy())
 

@@ -57,7 +57,9 @@ def test_lean_scoring_gives_the_values_of_full_logits(make_model, flattened):
     assert host.can_attend_by_document(model, CPU)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     expected = naive(model, rows)
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)([{"input_ids": r.tolist()} for r in rows])
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)(
+        [{"input_ids": r.tolist()} for r in rows]
+    )
     with host.lean_scoring(model, CPU, flattened):
         found = host.per_token_values(model, batch)
     for ours, theirs in zip(found, expected, strict=True):
@@ -121,7 +123,9 @@ def test_lora_that_is_more_than_a_product_stays_pefts():
 
 def test_a_disabled_adapter_is_left_out_while_scoring():
     model, rows = with_lora(tiny_llama()), rows_of(6, 5)
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": r.tolist()} for r in rows])
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [{"input_ids": r.tolist()} for r in rows]
+    )
     with model.disable_adapter():
         expected = naive(model, rows)[0]
         with host.lean_scoring(model, CPU, flattened=True):

@@ -12,9 +12,10 @@ from test_trainer import COMMON, PACKED, PADDING_FREE, Recorder, losses, make_tr
 from transformers import PreTrainedTokenizerFast
 
 from qtuning_trl import QTuningSFTConfig
-from qtuning_trl.documents import padded_tokens, split_documents, tokens_without_checkpointing
+from qtuning_trl.documents import pack_rows, padded_tokens, split_documents, tokens_without_checkpointing
 from qtuning_trl.host import lean_lm_head, without_checkpointing
 from qtuning_trl.score_cache import FILE_NAME, Score, ScoreCache
+from qtuning_trl.trainer import _as_rows
 
 
 class Work:
@@ -245,17 +246,20 @@ def test_reused_scores_cost_no_forward_and_are_counted(tmp_path, tokenizer, prom
     assert summary["stale_scores"] == 40 + sum(third)
 
 
-def test_a_renewed_score_is_that_of_a_scoring_forward(tmp_path, tokenizer, prompt_completion):
-    trainer = make_trainer(
-        tmp_path, tokenizer, prompt_completion, budget="50x50", max_steps=1, score_reuse_steps=100, learning_rate=0.0
-    )
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_renewed_score_is_that_of_a_scoring_forward(tmp_path, tokenizer, prompt_completion, packing):
+    options = {"budget": "50x50", "max_steps": 1, "score_reuse_steps": 100, "learning_rate": 0.0}
+    if packing:
+        options |= {"packing": True, "max_length": 48}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
     trainer.train()
     cache = trainer._score_cache
     before = dict(cache.scores)
     drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
     documents = [drawn[key] for key in list(before)[:4]]
-    batch = trainer.data_collator([{k: doc[k] for k in ("input_ids", "labels")} for doc in documents])
-    with trainer._renewed_scores(documents):
+    rows = pack_rows(documents, 48) if packing else documents
+    batch = trainer.data_collator(_as_rows(rows, packing=False))
+    with trainer._renewed_scores(rows):
         trainer.model(**batch, fused_lm_head=True)
     for document in documents:
         key = document["sample_id"]
