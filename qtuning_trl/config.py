@@ -134,7 +134,8 @@ class QTuningSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, three times those of a "
-            "micro-batch of survivors: scoring keeps no activations, so it stays below the peak memory of training."
+            "micro-batch of survivors (on a CPU 512 at most, unless a row is longer): scoring keeps no activations, so "
+            "it stays below the peak memory of training."
         },
     )
 

@@ -50,6 +50,11 @@ def rows_of(*lengths: int) -> list[torch.Tensor]:
     return [torch.randint(4, 45, (length,), generator=generator) for length in lengths]
 
 
+def batch_of(rows: list[torch.Tensor], flattened: bool) -> dict[str, torch.Tensor]:
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)
+    return collator([{"input_ids": row.tolist()} for row in rows])
+
+
 @pytest.mark.parametrize("make_model", [tiny_llama, lambda: Qwen3(Qwen3Config(**SIZES))], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("flattened", [True, False])
 def test_lean_scoring_gives_the_values_of_full_logits(make_model, flattened):
@@ -57,9 +62,7 @@ def test_lean_scoring_gives_the_values_of_full_logits(make_model, flattened):
     assert host.can_attend_by_document(model, CPU)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     expected = naive(model, rows)
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flattened)(
-        [{"input_ids": r.tolist()} for r in rows]
-    )
+    batch = batch_of(rows, flattened)
     with host.lean_scoring(model, CPU, flattened):
         found = host.per_token_values(model, batch)
     for ours, theirs in zip(found, expected, strict=True):
@@ -123,9 +126,7 @@ def test_lora_that_is_more_than_a_product_stays_pefts():
 
 def test_a_disabled_adapter_is_left_out_while_scoring():
     model, rows = with_lora(tiny_llama()), rows_of(6, 5)
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
-        [{"input_ids": r.tolist()} for r in rows]
-    )
+    batch = batch_of(rows, flattened=True)
     with model.disable_adapter():
         expected = naive(model, rows)[0]
         with host.lean_scoring(model, CPU, flattened=True):
