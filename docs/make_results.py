@@ -25,6 +25,7 @@ NAMES = (
     "sums_2",
     "sums_4",
     "gsm8k",
+    "gsm8k_variants",
     "sums_2_more_mislabelled",
     "sums_2_more_garbled",
     "sums_2_no_noise",
