@@ -354,14 +354,16 @@ def test_pointing_at_a_point_shows_its_text(browser, run, tmp_path):
         const box = div.getBoundingClientRect();
         return [box.x + xaxis._offset + xaxis.d2p(trace.x[0]), box.y + yaxis._offset + yaxis.d2p(trace.y[0])];
     """
-    x, y = browser.execute_script(place)
-    actions = ActionChains(browser)
-    actions.w3c_actions.pointer_action.move_to_location(round(x), round(y))
-    actions.perform()
-    deadline = time.monotonic() + 5
-    while not browser.find_element(By.ID, "tip").text and time.monotonic() < deadline:
-        time.sleep(0.05)
-    tip = browser.find_element(By.ID, "tip").text
+    # A browser on a busy machine may still be drawing or scrolling when the pointer arrives, and plotly answers to a movement alone: so point again.
+    tip, deadline = "", time.monotonic() + 20
+    while not tip and time.monotonic() < deadline:
+        x, y = browser.execute_script(place)
+        for aside in (20, 0):
+            actions = ActionChains(browser)
+            actions.w3c_actions.pointer_action.move_to_location(round(x) + aside, round(y))
+            actions.perform()
+        time.sleep(0.2)
+        tip = browser.find_element(By.ID, "tip").text
     sample_id = int(re.match(r"Sample (\d+) at step 6", tip).group(1))
     row = prompt_completion_rows(40)[sample_id]
     squeezed = re.sub(r"\s", "", tip)
