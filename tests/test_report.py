@@ -354,7 +354,8 @@ def test_pointing_at_a_point_shows_its_text(browser, run, tmp_path):
         const box = div.getBoundingClientRect();
         return [box.x + xaxis._offset + xaxis.d2p(trace.x[0]), box.y + yaxis._offset + yaxis.d2p(trace.y[0])];
     """
-    # A browser on a busy machine may still be drawing or scrolling when the pointer arrives, and plotly answers to a movement alone: so point again.
+    # A busy browser may still be drawing or scrolling when the pointer arrives, and plotly answers to movements alone:
+    # so point again.
     tip, deadline = "", time.monotonic() + 20
     while not tip and time.monotonic() < deadline:
         x, y = browser.execute_script(place)
