@@ -22,20 +22,25 @@ from qtuning_trl.sample_record import RecordReader
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tokenizer_dir) -> Path:
-    output = tmp_path_factory.mktemp("two_processes")
-    tiny_llama(5).save_pretrained(output / "reference")
-    PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).save_pretrained(output / "reference")
+def launch(script: str, output: Path, tokenizer_dir: str) -> None:
+    """Run a script of this folder by `accelerate launch` in two processes on the CPU."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(TESTS / "two_processes.py"), str(output), tokenizer_dir,
+        str(TESTS / script), str(output), tokenizer_dir,
     ]  # fmt: skip
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer_dir) -> Path:
+    output = tmp_path_factory.mktemp("two_processes")
+    tiny_llama(5).save_pretrained(output / "reference")
+    PreTrainedTokenizerFast.from_pretrained(tokenizer_dir).save_pretrained(output / "reference")
+    launch("two_processes.py", output, tokenizer_dir)
     return output
 
 
