@@ -32,6 +32,7 @@ NAMES = (
     "sums_2_variants",
     "sums_4_variants",
     "sums_2_more_garbled_variants",
+    "sums_4_pools",
 )
 # Columns of the README's table: comparison, figure, heading.
 README_COLUMNS = (
