@@ -117,8 +117,9 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
             cells = [shown(tables[name].get((pruner, budget), {}).get(metric), metric) for name, metric, _ in columns]
             label = "-" if pruner == ZERO_SHOT else budget
             lines.append(f"| {pruner} | {label} | {' | '.join(cells)} |")
-    seeds = max(len(row["seeds"]) for row in first.values())
-    lines += ["", f"Mean and half of the 95% interval over {seeds} seeds; loss in nats a token, on clean rows."]
+    seeds = [max(len(row["seeds"]) for row in tables[name].values()) for name, _, _ in columns]
+    counts = f"{max(seeds)} seeds" if len(set(seeds)) == 1 else f"seeds ({', '.join(map(str, seeds))} by column)"
+    lines += ["", f"Mean and half of the 95% interval over {counts}; loss in nats a token, on clean rows."]
     return "\n".join(lines)
 
 
