@@ -10,6 +10,7 @@ from trl.data_utils import is_conversational_from_value
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import QTuningSFTConfig
+from .documents import SAMPLE_ID
 
 
 def refuse_unsupported_options(
@@ -97,6 +98,11 @@ def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig) -> dict[str, A
         raise ValueError(
             f"`max_steps` is {args.max_steps} and `train_dataset` is streamed: set `max_steps` to the number of "
             "optimizer steps to train for, since a stream has no length."
+        )
+    if not isinstance(first.get(SAMPLE_ID, 0), int) and not args.keeps_everything:
+        raise ValueError(
+            f"`train_dataset` has the column {SAMPLE_ID!r}, {first[SAMPLE_ID]!r} in its first row: rename "
+            "it, or give signed integers that name the samples."
         )
     vision = sorted({"image", "images"} & first.keys())
     if vision:

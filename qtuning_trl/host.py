@@ -8,6 +8,7 @@ What is leant on in TRL and transformers beyond their documented hooks, wrapped 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any, cast
 
@@ -127,7 +128,7 @@ def load_second_model(
     option: str, args: QTuningSFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """
-    The model that `option` names, with TRL's fused LM head, in the precision and on the device of `model`.
+    The model that `option` names, with TRL's fused LM head, the precision, attention and device of `model`.
 
     Leans on `trl.trainer.utils.add_fused_lm_head`.
 
@@ -135,9 +136,11 @@ def load_second_model(
         `ValueError`: If it cannot be loaded, or its tokenizer is another one.
     """
     name = str(getattr(args, option))
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        same = AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
-        second = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype) if same else None
+        same = AutoTokenizer.from_pretrained(name, **trust).get_vocab() == tokenizer.get_vocab()
+        kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+        second = AutoModelForCausalLM.from_pretrained(name, **kwargs, **trust) if same else None
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
@@ -282,18 +285,15 @@ def lora_in_place() -> Iterator[None]:
         lora.Linear.forward = own  # type: ignore[method-assign]
 
 
+ATTENTION_DROPOUT = ("attention_dropout", "dropout")
 BY_DOCUMENT = "sdpa_by_document"
+# Tokens of each document of the flattened batch that goes through the model. Not every model hands its arguments on to
+# its attention (Nemotron does not).
+_LENGTHS: ContextVar[list[int]] = ContextVar("lengths of the flattened documents")
 
 
 def sdpa_by_document(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    cu_seq_lens_q: Tensor,
-    **kwargs: Any,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """
     Causal attention within each document of a flattened batch: transformers' SDPA, without padding and without a mask.
@@ -301,7 +301,6 @@ def sdpa_by_document(
     Args:
         query, key, value (`Tensor` of shape `(1, heads, tokens, head size)`): Of all documents, one after the other.
         attention_mask (`None`): None is made for an attention that transformers does not know.
-        cu_seq_lens_q (`Tensor` of shape `(documents + 1,)`): Where documents begin, and the last one ends.
 
     Returns:
         `tuple[Tensor, None]`: Of shape `(1, tokens, heads, head size)`.
@@ -309,7 +308,7 @@ def sdpa_by_document(
     outputs = []
     start = 0
     # Neighbours of one length go together.
-    for length, run in groupby(cu_seq_lens_q.diff().tolist()):
+    for length, run in groupby(_LENGTHS.get()):
         end = start + length * len(list(run))
         queries, keys, values = (
             states[0, :, start:end].unflatten(1, (-1, length)).transpose(0, 1) for states in (query, key, value)
@@ -323,12 +322,37 @@ def sdpa_by_document(
 AttentionInterface.register(BY_DOCUMENT, sdpa_by_document)
 
 
+def attends_only(model: PreTrainedModel) -> bool:
+    """
+    Whether attention is all that the model's tokens know of each other, so that documents in one row can be kept apart.
+
+    A state or a convolution (Mamba, Jamba, MiniMax, LFM2) runs on from one document into the next, or needs kernels
+    that do not.
+
+    Leans on the config naming the kinds of layers in `layer_types`, and on the model's mark `_is_stateful`.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    return not model._is_stateful and {*kinds} <= {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """
+    Whether the model drops anything out in training.
+
+    Leans on transformers' attention naming its share `attention_dropout` or `dropout` where that is no module.
+    """
+    return any(
+        (isinstance(module, torch.nn.Dropout) and module.p > 0)
+        or any(isinstance(p, float) and p > 0 for p in (getattr(module, name, 0) for name in ATTENTION_DROPOUT))
+        for module in model.modules()
+    )
+
+
 def can_attend_by_document(model: PreTrainedModel, device: torch.device) -> bool:
     """
     Whether the model is on a CPU and plain causal SDPA is all that its tokens know of each other.
 
-    Leans on the config naming other kinds of layers in `layer_types` and `sliding_window`, and on the model's marks
-    `_is_stateful` (Mamba and hybrids) and `_supports_attention_backend`.
+    Leans on the config's `layer_types` and `sliding_window`, and on the model's mark `_supports_attention_backend`.
     """
     config = model.config.get_text_config()
     return (
@@ -337,18 +361,24 @@ def can_attend_by_document(model: PreTrainedModel, device: torch.device) -> bool
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and getattr(config, "sliding_window", None) is None
         and model._supports_attention_backend
-        and not model._is_stateful
+        and attends_only(model)
     )
 
 
 @contextmanager
 def attention_by_document(model: PreTrainedModel) -> Iterator[None]:
     """While it is open, the model takes flattened batches only, and attends by [`sdpa_by_document`]."""
+
+    def remember(_module: Any, _inputs: Any, kwargs: dict[str, Any]) -> None:
+        _LENGTHS.set(kwargs["cu_seq_lens_q"].diff().tolist())
+
     own = model.config._attn_implementation
     model.set_attn_implementation(BY_DOCUMENT)
+    handle = model.register_forward_pre_hook(remember, with_kwargs=True)
     try:
         yield
     finally:
+        handle.remove()
         model.set_attn_implementation(own)
 
 

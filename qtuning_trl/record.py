@@ -126,6 +126,9 @@ class StepCounts:
             metrics |= {name: total / self.compared for name, total in self.thresholds.items()}
         if self.scored and tokens:
             metrics |= {"pool_nll": self.nll / tokens, "pool_entropy": self.entropy / tokens}
+        decisions = self.counts["scored_samples"] + self.counts["stale_scores"]
+        if self.scored and decisions:
+            metrics["stale_share"] = self.counts["stale_scores"] / decisions
         return metrics
 
 

@@ -39,17 +39,18 @@ class ScoreCache:
 
     def __init__(self, reuse_epochs: int | None, reuse_steps: int | None):
         self.reuse_epochs, self.reuse_steps = reuse_epochs, reuse_steps
+        self.epoch = 0  # epochs done
         self.scores: dict[int, Score] = {}
         self.news: dict[int, Score] = {}  # of this process and step, not yet known to the others
 
-    def is_expired(self, score: Score, step: int, epoch: int) -> bool:
+    def is_expired(self, score: Score, step: int) -> bool:
         """Whether a score has been used for as long as it may be."""
         if self.reuse_epochs is not None:
-            return epoch - score.epoch >= self.reuse_epochs
+            return self.epoch - score.epoch >= self.reuse_epochs
         return self.reuse_steps is not None and step - score.step >= self.reuse_steps
 
     def plan(
-        self, samples: list[tuple[int, int]], order: list[int], most: int, step: int, epoch: int
+        self, samples: list[tuple[int, int]], order: list[int], most: int, step: int
     ) -> tuple[list[int], dict[int, Score]]:
         """
         Which candidates to score now, and which scores to use again.
@@ -59,7 +60,7 @@ class ScoreCache:
                 tokens is none.
             order (`list[int]`): Indices of the candidates; decides among those that are equally old.
             most (`int`): How many to score at most: those without a score first, then those whose scores are oldest.
-            step, epoch (`int`): Optimizer steps and epochs done.
+            step (`int`): Optimizer steps done.
 
         Returns:
             `tuple`: Indices of the candidates to score now, and scores by index. Beyond `most` an expired score is
@@ -67,7 +68,7 @@ class ScoreCache:
         """
         latest = {index: self.scores.get(samples[index][0]) for index in order}
         usable = {i: score for i, score in latest.items() if score is not None and len(score.nll) == samples[i][1]}
-        expired = [i for i in order if i not in usable or self.is_expired(usable[i], step, epoch)]
+        expired = [i for i in order if i not in usable or self.is_expired(usable[i], step)]
         expired.sort(key=lambda i: usable[i].step if i in usable else -1)
         now = expired[:most]
         for index in now:

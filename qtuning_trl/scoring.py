@@ -93,6 +93,6 @@ def score_documents(
         mask = answer_mask[batch]
         for values, filled in ((nll, -log_probs), (entropy, entropies)):
             rows = torch.zeros(mask.shape, dtype=torch.float64)
-            rows[mask] = filled.double().cpu()
+            rows[mask] = filled.cpu().double()
             values[batch] = rows
     return TokenValues(nll, entropy, answer_mask)

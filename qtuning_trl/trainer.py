@@ -50,9 +50,11 @@ from .documents import (
     tokens_without_checkpointing,
 )
 from .host import (
+    attends_only,
     attention_weights,
     can_attend_by_document,
     count_items,
+    has_dropout,
     keep_column,
     lean_lm_head,
     lean_scoring,
@@ -197,9 +199,10 @@ class QTuningSFTTrainer(SFTTrainer):
         self._base = copy.deepcopy(self.model).requires_grad_(False) if whole else None
         # Flattened batches cost no padding. Flash attention tells their documents apart by itself; on a CPU we do.
         scorers = [model for model in (self.model, self._proxy, self._reference) if model is not None]
+        flash = "flash" in str(self.model.config._attn_implementation)
         flatten = (
             self.padding_free
-            or "flash" in str(self.model.config._attn_implementation)
+            or (flash and all(map(attends_only, scorers)))
             or all(can_attend_by_document(model, args.device) for model in scorers)
         )
         self._scoring_collator = replace(
@@ -209,6 +212,9 @@ class QTuningSFTTrainer(SFTTrainer):
         if args.reuses_scores and "scores" in args.sample_needs and not args.keeps_everything:
             self._score_cache = ScoreCache(args.score_reuse_epochs, args.score_reuse_steps)
             self.add_callback(_ScoreKeeper(self._score_cache, self.accelerator.num_processes))
+        # A training forward scores as a scoring forward does, if it is the same model without noise.
+        noisy = args.neftune_noise_alpha is not None or has_dropout(self.model)
+        self._renews_scores = self._score_cache is not None and self._proxy is None and not noisy
         self.add_callback(RunRecord)
         self.add_callback(_SummaryWriter(self))
         self._recorder = SampleRecorder(self) if args.record and "scores" in args.sample_needs else None
@@ -301,7 +307,7 @@ class QTuningSFTTrainer(SFTTrainer):
         if self.args.selection_scope != "micro_batch":
             groups = [[document for group in groups for document in group]]
         row_lengths = [len(row["input_ids"]) for rows in drawn for row in rows]
-        full_tokens = self.args.per_device_train_batch_size * max(row_lengths)
+        full_tokens = self._train_batch_size * max(row_lengths)
         survivors, step = self._prune_pool(groups, self._scoring_batch_tokens(row_lengths, full_tokens, len(drawn)))
         with self.run_record.phase("collation"):
             micro_batches = self._collate_survivors(survivors, len(drawn), full_tokens)
@@ -325,7 +331,7 @@ class QTuningSFTTrainer(SFTTrainer):
             stack.enter_context(lean_lm_head(self.args.device))
             if not inputs.pop("checkpointing"):
                 stack.enter_context(without_checkpointing(self.model))
-            if self._score_cache is not None:
+            if self._renews_scores:
                 stack.enter_context(self._renewed_scores(survivors))
             if survivors and "weights" in self._sample_pruner.needs:
                 weights = [document["weight"] for document in survivors]
@@ -441,7 +447,8 @@ class QTuningSFTTrainer(SFTTrainer):
 
         forward = partial(self._forward_documents, model=model)
         flat = self._scoring_collator.padding_free
-        with lean_scoring(model, self.args.device, flat), self.compute_loss_context_manager():
+        # Only the model that is trained casts by itself, not one that scores for it.
+        with lean_scoring(model, self.args.device, flat), self.accelerator.autocast():
             chosen = [[now[index] for index in batch] for batch in batches]
             values = score_documents(pool, answer_mask(pool), chosen, forward)
             for _ in range(idle):
@@ -465,14 +472,11 @@ class QTuningSFTTrainer(SFTTrainer):
         if self._score_cache is None:
             return order[:most], {}
         samples = [(doc[SAMPLE_ID], size) for doc, size in zip(group, answer_lengths(group), strict=True)]
-        return self._score_cache.plan(samples, order, most, self.state.global_step, self._epochs_done())
-
-    def _epochs_done(self) -> int:
-        return math.floor((self.state.epoch or 0.0) + 1e-9)
+        return self._score_cache.plan(samples, order, most, self.state.global_step)
 
     def _keep_score(self, document: Document, nll: np.ndarray, entropy: np.ndarray) -> None:
         assert self._score_cache is not None
-        score = Score(nll, entropy, self.state.global_step, self._epochs_done())
+        score = Score(nll, entropy, self.state.global_step, self._score_cache.epoch)
         self._score_cache.add(document[SAMPLE_ID], score)
 
     @contextmanager
@@ -614,7 +618,7 @@ class QTuningSFTTrainer(SFTTrainer):
         )
 
     def _attention(self, documents: list[Document], layer: int) -> list[Tensor]:
-        with scoring_mode(self.model), self.compute_loss_context_manager():
+        with scoring_mode(self.model), self.accelerator.autocast():
             return [attention_weights(self.model, self._ids(document), layer) for document in documents]
 
     def _embeddings(self, documents: list[Document]) -> list[Tensor]:
@@ -644,11 +648,12 @@ class QTuningSFTTrainer(SFTTrainer):
         if shared:
             rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
             rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        count = -(-len(rows) // self.args.per_device_train_batch_size)
+        count = -(-len(rows) // self._train_batch_size)
         if self.args.micro_batches == "small":
             count = len(rows)
         limit = full_tokens
-        if not self.args.survivor_checkpointing:
+        keep_activations = self.args.gradient_checkpointing and not self.args.survivor_checkpointing
+        if keep_activations:
             limit = self._tokens_without_checkpointing(full_tokens)
             fitting = (
                 n for n in range(max(count, 1), slots + 1) if max(map(padded_tokens, split_evenly(rows, n))) <= limit
@@ -661,15 +666,17 @@ class QTuningSFTTrainer(SFTTrainer):
             {
                 **self.data_collator(_as_rows(part or [self._dummy_row()], packing=False)),
                 "survivors": part,
-                "checkpointing": self.args.survivor_checkpointing or padded_tokens(part) > limit,
+                "checkpointing": not keep_activations or padded_tokens(part) > limit,
             }
             for part in split_evenly(rows, count)
         ]
 
     def _tokens_without_checkpointing(self, tokens: int) -> int:
         config = self.model.config.get_text_config()
-        sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-        return tokens_without_checkpointing(tokens, *sizes)
+        # GPT-2, BLOOM and others name no width of their MLP, which is the usual one.
+        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        experts = getattr(config, "num_experts_per_tok", None) or 1
+        return tokens_without_checkpointing(tokens, config.hidden_size, width * experts, config.num_hidden_layers)
 
     def _dummy_row(self) -> Document:
         """A row without labels, which costs little and adds a differentiable zero: for a process with no survivor."""
@@ -749,6 +756,13 @@ class _ScoreKeeper(TrainerCallback):
     def __init__(self, cache: ScoreCache, num_processes: int):
         self.cache = cache
         self.num_processes = num_processes
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.cache.epoch = math.floor((state.epoch or 0.0) + 1e-9) - 1
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Counted here: of a stream, whose length is unknown, `state.epoch` tells a new epoch after its first step only.
+        self.cache.epoch += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         self.cache.take_in(gather_object([self.cache.news]) if self.num_processes > 1 else [])

@@ -9,7 +9,15 @@ from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from test_trainer import PACKED, PADDING_FREE, make_trainer
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3Config,
+)
 from transformers import Qwen3ForCausalLM as Qwen3
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -142,6 +150,10 @@ def test_attention_is_by_document_only_where_it_is_plain():
     stateful = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1))
     assert not host.can_attend_by_document(sliding, CPU)
     assert not host.can_attend_by_document(stateful, CPU)
+    assert host.attends_only(sliding)
+    assert not host.attends_only(stateful)
+    linear = AutoConfig.for_model("minimax", **SIZES, layer_types=["linear_attention", "full_attention"])
+    assert not host.attends_only(AutoModelForCausalLM.from_config(linear))
     model = tiny_llama()
     assert not host.can_attend_by_document(model, torch.device("cuda"))
     model.set_attn_implementation("eager")

@@ -142,6 +142,35 @@ def test_survivors_without_checkpointing_give_the_same_gradient(tmp_path, tokeni
         torch.testing.assert_close(runs[1].gradients[0][name], expected, rtol=1e-5, atol=2e-6, msg=name)
 
 
+def test_without_checkpointing_there_is_nothing_to_split_for(tmp_path, tokenizer, prompt_completion):
+    counts = []
+    for options in ({}, {"survivor_checkpointing": False}):
+        trainer = make_trainer(
+            tmp_path, tokenizer, prompt_completion, budget="50x50", max_steps=1, gradient_checkpointing=False, **options
+        )
+        trainer.train()
+        counts.append(trainer._num_micro_batches)
+    assert counts == [2, 2]
+
+
+def test_micro_batches_follow_the_batch_size_that_was_found(tmp_path, tokenizer, prompt_completion):
+    """With `auto_find_batch_size`, micro-batches of at most three rows fit, and the search stops at three."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompt_completion, budget="90x50", max_steps=1, auto_find_batch_size=True
+    )
+    original, rows = trainer.training_step, []
+
+    def training_step(model, inputs, *args):
+        rows.append(len(inputs["input_ids"]))
+        if rows[-1] > 3:
+            raise RuntimeError("CUDA out of memory.")
+        return original(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert trainer._train_batch_size == max(rows[1:]) == 3
+
+
 def test_activations_without_checkpointing_fit_into_those_with_it():
     hidden, intermediate, layers, tokens = 576, 1536, 30, 8192
     inside = 10 * hidden + 4 * intermediate
@@ -173,19 +202,21 @@ def test_a_score_is_used_until_it_expires():
     for cache in (by_epochs, by_steps):
         cache.add(5, score(step=7, epoch=1))
     samples, order = [(5, 2)], [0]
-    assert [by_epochs.plan(samples, order, 1, 99, epoch)[0] for epoch in (1, 2, 3)] == [[], [], [0]]
-    assert [by_steps.plan(samples, order, 1, step, 9)[0] for step in (7, 16, 17)] == [[], [], [0]]
+    for by_epochs.epoch, now in ((1, []), (2, []), (3, [0])):
+        assert by_epochs.plan(samples, order, 1, 99)[0] == now
+    assert [by_steps.plan(samples, order, 1, step)[0] for step in (7, 16, 17)] == [[], [], [0]]
 
 
 def test_those_without_a_score_come_first_then_the_oldest():
     cache = ScoreCache(1, None)
     for sample_id, step in ((1, 30), (2, 10), (3, 20)):
         cache.add(sample_id, score(step=step))
+    cache.epoch = 1
     samples = [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2)]
-    now, used = cache.plan(samples, [4, 3, 2, 1, 0], 3, 40, 1)
+    now, used = cache.plan(samples, [4, 3, 2, 1, 0], 3, 40)
     assert now == [4, 3, 1]
     assert sorted(used) == [0, 2]  # too old, and used all the same
-    now, used = cache.plan(samples, [0, 1, 2, 3, 4], 1, 40, 1)
+    now, used = cache.plan(samples, [0, 1, 2, 3, 4], 1, 40)
     assert now == [3]
     assert sorted(used) == [0, 1, 2]  # sample 5 has no score
 
@@ -193,7 +224,7 @@ def test_those_without_a_score_come_first_then_the_oldest():
 def test_a_score_of_other_tokens_is_none():
     cache = ScoreCache(9, None)
     cache.add(1, score(tokens=3))
-    assert cache.plan([(1, 2)], [0], 1, 0, 0) == ([0], {})
+    assert cache.plan([(1, 2)], [0], 1, 0) == ([0], {})
 
 
 def test_scores_are_saved_and_loaded(tmp_path):
@@ -268,6 +299,42 @@ def test_a_renewed_score_is_that_of_a_scoring_forward(tmp_path, tokenizer, promp
         np.testing.assert_allclose(cache.scores[key].entropy, before[key].entropy, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", ["dropout", "neftune", "proxy"])
+def test_only_the_model_that_scores_renews_scores_and_without_noise(
+    tmp_path, tokenizer, prompt_completion, proxies, noise
+):
+    options = {"dropout": {"dropout": 0.1}, "neftune": {"neftune_noise_alpha": 5.0}, "proxy": {}}[noise]
+    if noise == "proxy":
+        options = {"scoring_model": proxies["differs"]}
+    options |= {"budget": "50x50", "max_steps": 1, "score_reuse_steps": 9, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)  # zero at first, so that dropout would change nothing
+    trainer.train()
+    after_training = dict(trainer._score_cache.scores)
+    trainer._score_cache.scores.clear()
+    documents = [document for row in trainer.train_dataset for document in split_documents(row)]
+    trainer._score([[document for document in documents if document["sample_id"] in after_training]], 64)
+    for key, score in trainer._score_cache.scores.items():
+        np.testing.assert_allclose(after_training[key].nll, score.nll, rtol=1e-4, atol=1e-5)
+
+
+def test_epochs_of_a_stream_count_like_those_of_a_data_set(tmp_path, tokenizer):
+    rows = Dataset.from_list(prompt_completion_rows(48))
+    counts = []
+    for dataset in (rows, rows.to_iterable_dataset()):
+        trainer = make_trainer(
+            tmp_path, tokenizer, dataset, budget="25x50", max_steps=9, score_reuse_epochs=1,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        counts.append([entry["qtuning/scored_samples"] for entry in logs])
+        assert {entry["qtuning/stale_share"] for entry in logs} == {0.0}
+    assert counts == [[16.0] * 9] * 2
+
+
 @pytest.mark.parametrize("options", [{"score_reuse_epochs": 2}, {"score_reuse_steps": 4, "scored_share": 0.5}], ids=str)
 def test_a_run_with_cheap_scores_resumes_bit_equal(tmp_path, tokenizer, prompt_completion, options):
     options = {"budget": "25x50", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, **options}
@@ -313,15 +380,15 @@ def test_a_share_of_the_pool_is_scored_and_as_many_are_kept(tmp_path, tokenizer,
 
 @pytest.fixture(scope="module")
 def proxies(tmp_path_factory, tokenizer_dir) -> dict[str, str]:
-    """The very model that is trained, and one whose tokenizer is another."""
+    """The very model that is trained, one with other weights, and one whose tokenizer is another."""
     folder = tmp_path_factory.mktemp("proxies")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    for name in ("same", "other"):
-        tiny_llama().save_pretrained(folder / name)
+    for name in ("same", "differs", "other"):
+        tiny_llama(7 if name == "differs" else 0).save_pretrained(folder / name)
         if name == "other":
             tokenizer.add_tokens(["new"])
         tokenizer.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in ("same", "other")}
+    return {name: str(folder / name) for name in ("same", "differs", "other")}
 
 
 def test_a_proxy_that_is_the_model_itself_selects_the_same(
@@ -340,6 +407,19 @@ def test_a_proxy_that_is_the_model_itself_selects_the_same(
     assert proxy["kept"] == exact["kept"]
     np.testing.assert_allclose(proxy["perplexity"], exact["perplexity"], rtol=1e-5)
     assert (forwards > 0, no_forwards) == (True, 0)
+
+
+def test_a_proxy_computes_in_the_precision_of_training(tmp_path, tokenizer, prompt_completion, proxies):
+    options = {"budget": "25x50", "max_steps": 1, "bf16": True, "scoring_model": proxies["same"]}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
+    types = {}
+    for name, model in (("trained", trainer.model), ("proxy", trainer._proxy)):
+        model.model.layers[0].mlp.up_proj.register_forward_hook(
+            lambda _module, _inputs, output, name=name: types.update({name: output.dtype})
+        )
+    trainer.train()
+    assert types == {"trained": torch.bfloat16, "proxy": torch.bfloat16}
+    assert trainer._proxy.config._attn_implementation == trainer.model.config._attn_implementation
 
 
 def test_a_proxy_must_know_the_same_tokens_and_exist(tmp_path, tokenizer, prompt_completion, proxies):
