@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.documents import split_documents
-from qtuning_trl.record import versions
+from qtuning_trl.record import synchronize, versions
 
 
 def make_rows(rows: int, longest: int) -> Dataset:
@@ -47,6 +47,7 @@ def naive(model: torch.nn.Module, documents: list, batch: int) -> None:
         ids = pad_sequence([torch.from_numpy(row["input_ids"]) for row in rows], batch_first=True)
         mask = pad_sequence([torch.ones(len(row["input_ids"])) for row in rows], batch_first=True)
         labels = pad_sequence([torch.from_numpy(row["labels"]) for row in rows], batch_first=True, padding_value=-100)
+        ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
         log_probs = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
         nll = -log_probs.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
@@ -56,14 +57,20 @@ def naive(model: torch.nn.Module, documents: list, batch: int) -> None:
 
 def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
     disable_progress_bars()
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     args = QTuningSFTConfig(
-        "unused", use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=options.batch,
+        "unused", use_cpu=not on_gpu, bf16=on_gpu, report_to="none", per_device_train_batch_size=options.batch,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     dataset = make_rows(options.pool, options.length)
     lora = LoraConfig(r=8, target_modules="all-linear")
     trainer = QTuningSFTTrainer(
-        make_model(options.model), args, train_dataset=dataset, processing_class=make_tokenizer(), peft_config=lora
+        make_model(options.model, device, dtype),
+        args,
+        train_dataset=dataset,
+        processing_class=make_tokenizer(),
+        peft_config=lora,
     )
     documents = [document for row in dataset for document in split_documents(row)]
     lengths = [len(document["input_ids"]) for document in documents]
@@ -71,12 +78,19 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
     trainer.model.eval()
     warm_up = documents[:1]
     naive(trainer.model, warm_up, 1) if arm == "naive" else trainer._score([warm_up], tokens)
-    memory = PeakMemory()
-    memory.start()
+    memory = None if on_gpu else PeakMemory()
+    if memory is None:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        memory.start()
+    synchronize()
     start = time.perf_counter()
     naive(trainer.model, documents, options.batch) if arm == "naive" else trainer._score([documents], tokens)
+    synchronize()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": memory.stop()}
+    peak = torch.cuda.max_memory_allocated() - before if memory is None else memory.stop()
+    return {"seconds": seconds, "peak_bytes": peak}
 
 
 def main() -> None:

@@ -7,6 +7,12 @@ ratios within a round. `ARMS` says what each arm is.
     python tests/benchmarks/step_time.py --json step_time.json
     python tests/benchmarks/step_time.py --accumulation 64 --length 64   # a pool of 512
     python tests/benchmarks/step_time.py --arms full lean "12.5x50" --model smollm2-135m --no-gradient_checkpointing
+
+On a GPU models are in bfloat16, and `of rate` is the share of the card's matrix rate that scoring reaches:
+
+    python tests/benchmarks/step_time.py --model smollm2-1.7b --batch 4 --accumulation 4 --length 2048 --json a.json
+    python tests/benchmarks/step_time.py --model llama-3.1-8b --nf4 --batch 1 --accumulation 16 --length 2048 \\
+        --cap_gib 12
 """
 
 import argparse
@@ -21,6 +27,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -28,24 +35,42 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.record import PHASES, StepCounts, synchronize, versions
 
 VOCABULARY = 49152
-MODELS = {
-    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    "smollm2-1.7b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
     },
-}
-KEY_VALUE_HEADS = {"small": 2, "smollm2-135m": 3, "smollm2-1.7b": 32}
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "smollm2-1.7b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 ARMS = {
     "full": "plain SFTTrainer as TRL ships it",
     "lean": "all candidates, without scoring, by our collation and our labelled-positions head",
@@ -133,13 +158,43 @@ def make_dataset(rows: int, length: int) -> Dataset:
     return Dataset.from_list(examples)
 
 
-def make_model(name: str) -> LlamaForCausalLM:
+def make_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of that shape with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=KEY_VALUE_HEADS[name], tie_word_embeddings=True,
-        max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, bos_token_id=1, **MODELS[name],
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    shape = {"vocab_size": VOCABULARY, "tie_word_embeddings": True, **MODELS[name]}
+    config = LlamaConfig(max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, bos_token_id=1, **shape)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=dtype)
+
+
+def save_model(name: str, folder: str, device: str) -> None:
+    """A model for `--nf4`, which is quantized as it is loaded."""
+    make_model(name, device, torch.bfloat16).save_pretrained(folder)
+
+
+def scoring_flops(name: str, dataset: Dataset) -> int:
+    """Floating point operations of a scoring forward's matrix products over all rows, attention's own left out."""
+    shape = {"vocab_size": VOCABULARY, **MODELS[name]}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    attention = 2 * hidden * hidden * (1 + shape["num_key_value_heads"] / heads)
+    layers = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    tokens = sum(len(row) for row in dataset["input_ids"])
+    labelled = sum(sum(label != -100 for label in row[1:]) for row in dataset["labels"])
+    return int(2 * tokens * layers + 2 * labelled * hidden * shape["vocab_size"])
+
+
+def matrix_rate(name: str, device: str, dtype: torch.dtype, tokens: int) -> float:
+    """Floating point operations a second of the MLP's product over so many tokens: the best of five."""
+    hidden, width = MODELS[name]["hidden_size"], MODELS[name]["intermediate_size"]
+    x, weight = (torch.randn(size, device=device, dtype=dtype) for size in ((tokens, hidden), (width, hidden)))
+    repeats, seconds = 20, []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.nn.functional.linear(x, weight)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * tokens * hidden * width * repeats / min(seconds[1:])
 
 
 class LeanSFTTrainer(QTuningSFTTrainer):
@@ -147,6 +202,10 @@ class LeanSFTTrainer(QTuningSFTTrainer):
 
     def _prune_pool(self, groups, batch_tokens):
         return [document for group in groups for document in group], StepCounts(scored=False)
+
+
+def uses_gpu(options: argparse.Namespace) -> bool:
+    return torch.cuda.is_available() and not options.cpu
 
 
 def step_seconds(seconds: list[float], epochs: int) -> float:
@@ -162,9 +221,11 @@ def step_seconds(seconds: list[float], epochs: int) -> float:
 def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str) -> dict[str, float]:
     """Train `options.steps + 1` optimizer steps; the first is warm-up and counts for the peak alone."""
     gc.collect()
+    on_gpu = uses_gpu(options)
+    if on_gpu:
+        torch.cuda.empty_cache()
     if platform.system() == "Linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that the next arm's memory is not what the last one left behind
-    on_gpu = torch.cuda.is_available() and not options.cpu
     common = {
         "output_dir": output,
         "use_cpu": not on_gpu,
@@ -203,13 +264,20 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
             trainer_class = LeanSFTTrainer
     args = config_class(**{**common, **own})
     clock = StepClock()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    quantization = {}
+    if options.nf4:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     trainer = trainer_class(
-        make_model(options.model),
+        f"{output}/base" if options.nf4 else make_model(options.model, device, dtype),
         args,
         train_dataset=dataset,
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
         callbacks=[clock],
+        **quantization,
     )
     trainer.remove_callback(PrinterCallback)
     memory = None if on_gpu else PeakMemory()
@@ -249,34 +317,60 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns each arm takes")
     parser.add_argument("--token_pruning", choices=["mask", "drop"], default="drop")
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--nf4", action="store_true", help="a 4-bit base (QLoRA)")
+    parser.add_argument("--cap_gib", type=float, help="let the GPU have only so much memory; what does not fit says so")
     parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     disable_progress_bars()
 
+    on_gpu = uses_gpu(options)
+    if options.cap_gib is not None:
+        if not on_gpu:
+            parser.error("--cap_gib needs a GPU")
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(options.cap_gib / total)
     dataset = make_dataset(options.batch * options.accumulation * (options.steps + 1), options.length)
     rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
+    too_large = []
     with tempfile.TemporaryDirectory() as output:
+        if options.nf4:
+            save_model(options.model, f"{output}/base", "cuda" if on_gpu else "cpu")
         for _ in range(options.rounds):
             for arm in options.arms:
-                rounds[arm].append(run_arm(arm, options, dataset, output))
-                print(f"{arm}: {rounds[arm][-1]['step']:.3f} s", file=sys.stderr, flush=True)
+                if arm in too_large:
+                    continue
+                try:
+                    rounds[arm].append(run_arm(arm, options, dataset, output))
+                except torch.OutOfMemoryError:
+                    too_large.append(arm)
+                    print(f"{arm}: out of memory", file=sys.stderr, flush=True)
+                else:
+                    print(f"{arm}: {rounds[arm][-1]['step']:.3f} s", file=sys.stderr, flush=True)
 
+    computes_in = torch.bfloat16 if on_gpu else torch.float32
+    tokens = min(sum(map(len, dataset["input_ids"])), 8192 if on_gpu else 512)
+    rate = matrix_rate(options.model, "cuda" if on_gpu else "cpu", computes_in, tokens)
+    flops = scoring_flops(options.model, dataset) / (options.steps + 1)
     rows = []
     for arm, taken in rounds.items():
+        if arm in too_large:
+            rows.append({"arm": arm, "out_of_memory": True})
+            continue
         row = {name: statistics.median(one[name] for one in taken) for name in taken[0]}
         # Ratios within a round, since the machine's speed drifts from one round to the next.
         for base in ("full", "lean"):
-            if base in rounds:
+            if base in rounds and base not in too_large:
                 ratios = [other["step"] / one["step"] for other, one in zip(rounds[base], taken, strict=True)]
                 row[f"against_{base}"] = statistics.median(ratios)
                 row[f"against_{base}_range"] = [min(ratios), max(ratios)]
         row["arithmetic_share"] = statistics.median(
             (one["selection"] + one["collation"]) / one["step"] for one in taken
         )
+        if row["scoring"] > 0 and arm.partition(" ")[2] not in ("amortised", "half"):
+            row["share_of_matrix_rate"] = flops / row["scoring"] / rate
         rows.append({"arm": arm, **row})
 
-    on_gpu = torch.cuda.is_available() and not options.cpu
     device = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     checkpointing = "with" if options.gradient_checkpointing else "without"
     pool = options.batch * options.accumulation
@@ -291,20 +385,27 @@ def main() -> None:
         "collation",
         "training",
         "sel.+coll.",
+        "of rate",
         "peak GiB",
     ]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for row in rows:
+        if "out_of_memory" in row:
+            table.add_row(row["arm"], "out of memory")
+            continue
         ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("against_full", "against_lean")]
         phases = [f"{row[name]:.4f}" if row["training"] else "-" for name in PHASES]
         table.add_row(
             row["arm"], f"{row['step']:.3f}", *ratios, *phases,
-            f"{row['arithmetic_share']:.2%}", f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['arithmetic_share']:.2%}",
+            f"{row['share_of_matrix_rate']:.0%}" if "share_of_matrix_rate" in row else "-",
+            f"{row['peak_bytes'] / 2**30:.2f}",
         )  # fmt: skip
     Console(width=140).print(table)
     if options.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        settings["matrix_rate_flops_per_second"] = rate
         facts = {"device": device, "versions": versions(), "settings": settings, "rows": rows}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
