@@ -121,6 +121,12 @@ def load_comparison(path: str | Path) -> Comparison:
     missing = [name for name in ("recipe", "pruners", "budgets", "seeds", "output_dir") if not content.get(name)]
     if missing:
         raise ValueError(f"`{missing[0]}` is missing in {path}: give it a value.")
+    for name in ("pruners", "budgets", "seeds"):
+        if not isinstance(content[name], list):
+            raise ValueError(f"`{name}` in {path} is {content[name]!r}: give a list, such as [{content[name]}].")
+    wrong = [seed for seed in content["seeds"] if type(seed) is not int]
+    if wrong:
+        raise ValueError(f"`seeds` in {path} has {wrong[0]!r}: give whole numbers.")
     comparison = Comparison(**content)
     if not Path(comparison.recipe).exists():
         comparison.recipe = str(path.parent / comparison.recipe)

@@ -12,6 +12,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qtuning_trl import pruners
+
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789+-*/=:.,?!"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -99,3 +101,14 @@ def prompt_completion_rows(rows: int, seed: int = 0) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def prompt_completion() -> Dataset:
     return Dataset.from_list(prompt_completion_rows(40))
+
+
+@pytest.fixture
+def own_pruners():
+    """Leaves the tables of pruners as they were."""
+    tables = pruners._SAMPLE_PRUNERS, pruners._TOKEN_PRUNERS
+    before = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)

@@ -118,6 +118,8 @@ def test_the_plan_is_shown_without_running(tmp_path, config, capsys):
         ({"recipe": "nowhere.yaml"}, "`recipe` in .* is 'nowhere.yaml': no such file"),
         ({"seeds": [1, 1]}, r"`seeds` in .* is \[1, 1\]: give each seed once"),
         ({"seeds": None}, "`seeds` is missing in"),
+        ({"seeds": 3}, r"`seeds` in .* is 3: give a list, such as \[3\]"),
+        ({"seeds": ["one"]}, "`seeds` in .* has 'one': give whole numbers"),
         ({"sedes": [1]}, "`sedes` in .* is no key of a comparison: use recipe, pruners"),
         ({"pruners": [3]}, "`pruners` has the entry 3: give a name"),
         ({"pruners": ["random", "random"]}, "`pruners` in .* has two rows for 'random-25x50-seed-0'"),
@@ -128,11 +130,21 @@ def test_bad_comparisons_are_refused(config, changes, sentence):
         load_comparison(config(**changes))
 
 
-def test_bad_options_of_a_run_are_refused_before_the_first_starts(tmp_path, config, capsys):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budgets": ["25x50", "250x50"]}, "`sample_ratio` is 2.5"),
+        ({"pruners": ["random + fastvv"]}, "`token_pruner` is 'fastvv': did you mean 'fastv'?"),
+        ({"accuracy": "json:nothing"}, "`accuracy` is 'json:nothing', which cannot be loaded (module 'json' has no"),
+    ],
+)
+def test_bad_options_of_a_run_are_refused_before_the_first_starts(tmp_path, config, capsys, changes, sentence, dry):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["compare", "--config", config(budgets=["25x50", "250x50"])])
+        cli.main(["compare", "--config", config(**changes), *dry])
     assert stopped.value.code == 2
-    assert "qtuning: error: `sample_ratio` is 2.5" in capsys.readouterr().err
+    assert f"qtuning: error: {sentence}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out/*/result.json"))
 
 

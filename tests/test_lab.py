@@ -87,9 +87,10 @@ def test_text_is_split_without_overlap(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch):
+def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_pruners):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(path.parent))  # the variants
+    monkeypatch.delitem(sys.modules, "variants", raising=False)
     comparison = load_comparison(path)
     for option in ("model_name_or_path", "dataset_name"):
         Path(comparison.options[option]).mkdir(parents=True)
@@ -99,9 +100,9 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch):
             compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (60, 100)
+            assert arguments.max_steps in (20, 60, 100)
     assert ("full data", "100x100") in seen
-    assert ("q_tuning", "25x50") in seen
+    assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem == "compare_sums_4_pools"
 
 
 def test_the_results_page_is_what_the_committed_results_make():

@@ -484,17 +484,6 @@ def _card(trainer) -> str:
 # Pruners of one's own
 
 
-@pytest.fixture
-def own_pruners():
-    """Leaves the tables as they were."""
-    tables = pruners._SAMPLE_PRUNERS, pruners._TOKEN_PRUNERS
-    before = [dict(table) for table in tables]
-    yield
-    for table, rows in zip(tables, before, strict=True):
-        table.clear()
-        table.update(rows)
-
-
 def test_a_registered_pruner_is_found_by_name(pruned_trainer, own_pruners):
     @pruners.register_sample_pruner("shortest")
     def shortest(pool):

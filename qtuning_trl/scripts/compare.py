@@ -15,8 +15,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def main(argv: Sequence[str]) -> int:
     comparison = load_comparison(arguments.config)
     folder = Path(comparison.output_dir)
     runs = comparison.runs()
+    _check_options(comparison, runs)
     for run in runs:
         _write_recipe(folder / run.name, comparison, run, dry=arguments.dry_run)
     if arguments.dry_run:
         _print_plan(folder, runs)
         return 0
-    _check_options(folder, runs)
     context = _process_context()
     for number, run in enumerate(runs, 1):
         _run(context, folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     return 1 if any(row["failures"] for row in rows) else 0
 
 
-def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
+def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
     recipe = {
         "base": str(Path(comparison.recipe).resolve()),
         **comparison.options,
@@ -93,8 +94,12 @@ def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> 
         "save_strategy": "no",
         "report_to": "none",
     }
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
     path = folder / RECIPE_NAME
-    text = yaml.safe_dump(recipe, sort_keys=False)
+    text = _recipe(folder, comparison, run)
     if path.is_file() and path.read_text(encoding="utf-8") != text and (folder / RESULT_NAME).is_file():
         raise ValueError(
             f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options: give another "
@@ -105,12 +110,28 @@ def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> 
         path.write_text(text, encoding="utf-8")
 
 
-def _check_options(folder: Path, runs: list[Run]) -> None:
-    """Parse every run's recipe before the first one starts."""
+def _check_options(comparison: Comparison, runs: list[Run]) -> None:
+    """Parse every run's recipe, and find the function that measures accuracy, before the first one starts."""
     from .sft import parse
 
-    for run in runs:
-        parse(["--config", str(folder / run.name / RECIPE_NAME)], prog="qtuning compare")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, RECIPE_NAME)
+        for run in runs:
+            path.write_text(_recipe(path.parent, comparison, run), encoding="utf-8")
+            parse(["--config", str(path)], prog="qtuning compare")
+    if comparison.accuracy:
+        _accuracy_function(comparison.accuracy)
+
+
+def _accuracy_function(name: str) -> Callable[[Any], float]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`accuracy` is {name!r}, which cannot be loaded ({error}): give it as 'module:function', with the module "
+            "on `PYTHONPATH`."
+        ) from error
 
 
 def _print_plan(folder: Path, runs: list[Run]) -> None:
@@ -219,6 +240,5 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
         "versions": summary["versions"],
     }
     if accuracy:
-        module, _, function = accuracy.partition(":")
-        result["accuracy"] = getattr(importlib.import_module(module), function)(trainer)
+        result["accuracy"] = _accuracy_function(accuracy)(trainer)
     return result
