@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # Commands that run in this process; the others are launched through accelerate.
 MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".report"}
+# Commands that patch libraries while they run: in a process of their own, which leaves nothing behind.
+OWN_PROCESS = {"plan": f"{__package__}.scripts.plan"}
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
+    subparsers.add_parser("plan", add_help=False, help="will it fit, how fast, what to set: qtuning plan --help")
     subparsers.add_parser("score", add_help=False, help="score a data set, without training: qtuning score --help")
     subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
     subparsers.add_parser("eval", add_help=False, help="evaluate a model and its adapter: qtuning eval --adapter RUN")
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = take_traceback_flag(argv)
         with exit_on_error(BAD_INPUT):
             return import_module(MODULES[arguments.command], __package__).main(argv[1:])
+    if arguments.command in OWN_PROCESS:
+        return subprocess.run([sys.executable, "-m", OWN_PROCESS[arguments.command], *argv[1:]]).returncode
     return run_script(arguments.command, argv[1:])
 
 
@@ -76,7 +82,6 @@ def launch(arguments: Sequence[str]) -> int:
         `ValueError`: If accelerate cannot take the arguments.
     """
     import logging
-    import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
