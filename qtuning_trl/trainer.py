@@ -32,7 +32,18 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from . import checks, pruners
 from .config import QTuningSFTConfig
-from .documents import (
+from .host.attention import attends_only, attention_weights, can_attend_by_document
+from .host.head import lean_lm_head, per_token_values, weighted_losses
+from .host.loading import load_second_model
+from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
+from .host.modes import has_dropout, lean_scoring, scoring_mode
+from .method import SampleSelection, budget_size, sample_statistics
+from .pruners import Answers, Pool
+from .pruners.samples import as_selection
+from .records.live import PlaneLogger, show_progress
+from .records.run import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
+from .records.samples import SampleRecorder
+from .step.sample import (
     KEPT_MASK,
     NOT_FOR_THE_MODEL,
     SAMPLE_ID,
@@ -49,31 +60,9 @@ from .documents import (
     split_evenly,
     tokens_without_checkpointing,
 )
-from .host import (
-    attends_only,
-    attention_weights,
-    can_attend_by_document,
-    count_items,
-    has_dropout,
-    keep_column,
-    lean_lm_head,
-    lean_scoring,
-    load_second_model,
-    per_token_values,
-    scoring_mode,
-    train_loader_of,
-    weighted_losses,
-    without_checkpointing,
-)
-from .live import PlaneLogger, show_progress
-from .method import SampleSelection, budget_size, sample_statistics
-from .pruners import Answers, Pool
-from .pruners.samples import as_selection
-from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
-from .sample_record import SampleRecorder
-from .score_cache import FILE_NAME as SCORES_NAME
-from .score_cache import Score, ScoreCache
-from .scoring import TokenValues, score_documents, scoring_batches
+from .step.score_cache import FILE_NAME as SCORES_NAME
+from .step.score_cache import Score, ScoreCache
+from .step.scoring import TokenValues, score_documents, scoring_batches
 
 logger = get_logger(__name__)
 

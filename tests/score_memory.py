@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from qtuning_trl.dataset_scoring import (
+from qtuning_trl.studies.dataset_scoring import (
     BatchSize,
     PartialScores,
     TokenPruning,

@@ -7,7 +7,7 @@ from test_trainer import COMMON, losses
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
+from qtuning_trl.step.sample import split_documents
 
 LLAMA_LIKE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

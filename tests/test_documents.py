@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtuning_trl.documents import (
+from qtuning_trl.step.sample import (
     IGNORE,
     SAMPLE_ID,
     answer_lengths,
@@ -21,7 +21,7 @@ from qtuning_trl.documents import (
     split_documents,
     split_evenly,
 )
-from qtuning_trl.scoring import score_documents, scoring_batches
+from qtuning_trl.step.scoring import score_documents, scoring_batches
 
 
 def document(input_ids, labels=None, **extra):

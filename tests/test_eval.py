@@ -19,8 +19,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtuning_trl import cli
-from qtuning_trl.evaluation import ADAPTER, BASE, BY_TASK, MODEL, PAPER_TASKS, averages, markdown, notes, task_row
 from qtuning_trl.scripts import eval as script
+from qtuning_trl.studies.evaluation import (
+    ADAPTER,
+    BASE,
+    BY_TASK,
+    MODEL,
+    PAPER_TASKS,
+    averages,
+    markdown,
+    notes,
+    task_row,
+)
 
 SAMPLES = 12
 CHOICES = ["a", "b", "c"]

@@ -476,7 +476,7 @@ def test_what_is_kept_is_recorded_also_of_rivals(pruned_trainer):
 
 
 def _card(trainer) -> str:
-    from qtuning_trl.record import model_card_section
+    from qtuning_trl.records.run import model_card_section
 
     return model_card_section(trainer.summary())
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import cli
-from qtuning_trl.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.scripts import score
+from qtuning_trl.studies.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
 
 ROWS = 90
 CPU = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]

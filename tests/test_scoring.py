@@ -12,9 +12,10 @@ from test_trainer import COMMON, PACKED, PADDING_FREE, Recorder, losses, make_tr
 from transformers import PreTrainedTokenizerFast
 
 from qtuning_trl import QTuningSFTConfig
-from qtuning_trl.documents import pack_rows, padded_tokens, split_documents, tokens_without_checkpointing
-from qtuning_trl.host import lean_lm_head, without_checkpointing
-from qtuning_trl.score_cache import FILE_NAME, Score, ScoreCache
+from qtuning_trl.host.head import lean_lm_head
+from qtuning_trl.host.loop import without_checkpointing
+from qtuning_trl.step.sample import pack_rows, padded_tokens, split_documents, tokens_without_checkpointing
+from qtuning_trl.step.score_cache import FILE_NAME, Score, ScoreCache
 from qtuning_trl.trainer import _as_rows
 
 

@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
-from qtuning_trl.record import SUMMARY_NAME
+from qtuning_trl.records.run import SUMMARY_NAME
+from qtuning_trl.step.sample import split_documents
 
 COMMON = {
     "use_cpu": True,

@@ -24,7 +24,18 @@ from rich.table import Table
 
 from .. import demo
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
-from ..evaluation import ADAPTER, BASE, MODEL, PAPER_TASKS, averages, markdown, notes, sha256, table_cells, task_row
+from ..studies.evaluation import (
+    ADAPTER,
+    BASE,
+    MODEL,
+    PAPER_TASKS,
+    averages,
+    markdown,
+    notes,
+    sha256,
+    table_cells,
+    task_row,
+)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -503,7 +514,7 @@ def run_facts(result: dict[str, Any]) -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    from ..record import versions
+    from ..records.run import versions
 
     return {**versions(), "lm_eval": version("lm_eval")}
 

@@ -23,7 +23,9 @@ from trl import DatasetMixtureConfig, ModelConfig
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split
-from ..dataset_scoring import (
+from ..recipes import Parsed, RecipeParser
+from ..step.sample import SAMPLE_ID, number_rows
+from ..studies.dataset_scoring import (
     COLUMNS,
     FORMATS,
     BatchSize,
@@ -39,8 +41,6 @@ from ..dataset_scoring import (
     select_rows,
     write_rows,
 )
-from ..documents import SAMPLE_ID, number_rows
-from ..recipes import Parsed, RecipeParser
 from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ class DatasetScorer:
         Raises:
             `FloatingPointError`: If a score is NaN or infinite.
         """
-        from ..host import lean_scoring
+        from ..host.modes import lean_scoring
 
         trainer, accelerator = self.trainer, self.trainer.accelerator
         size = BatchSize(self.args.scoring_batch_tokens, self.args.device)
@@ -386,7 +386,7 @@ def build_trainer(
     from transformers import set_seed
     from trl import get_quantization_config
 
-    from ..host import load_scored_model
+    from ..host.loading import load_scored_model
     from ..trainer import QTuningSFTTrainer
 
     set_seed(training_args.seed)

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 import qtuning_trl
 from qtuning_trl import QTuningSFTTrainer, demo
 from qtuning_trl.demo.report import accuracy
-from qtuning_trl.record import versions
+from qtuning_trl.records.run import versions
 from qtuning_trl.scripts.sft import build_trainer, parse
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"

@@ -25,8 +25,8 @@ from step_time import MODELS, VOCABULARY, PeakMemory, make_model, make_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
-from qtuning_trl.record import synchronize, versions
+from qtuning_trl.records.run import synchronize, versions
+from qtuning_trl.step.sample import split_documents
 
 
 def make_rows(rows: int, longest: int) -> Dataset:

@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
-from qtuning_trl.record import SUMMARY_NAME
+from qtuning_trl.records.run import SUMMARY_NAME
+from qtuning_trl.step.sample import split_documents
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from .plots import plot_eu_plane
+from ..report.plots import plot_eu_plane
 
 if TYPE_CHECKING:
-    from .trainer import QTuningSFTTrainer
+    from ..trainer import QTuningSFTTrainer
 
 IMAGE_NAME = "qtuning/eu_plane"
 # Drawing takes about a third of a second: seldom enough that no run feels it.

@@ -23,7 +23,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
-from .documents import (
+from ..method import sample_statistics, select_samples, token_keep_mask, token_scores
+from ..step.sample import (
     SAMPLE_ID,
     Document,
     answer_lengths,
@@ -32,8 +33,7 @@ from .documents import (
     prune_document,
     split_documents,
 )
-from .method import sample_statistics, select_samples, token_keep_mask, token_scores
-from .scoring import score_documents, scoring_batches
+from ..step.scoring import score_documents, scoring_batches
 
 # Tokens scored at once where nothing else is said: on a CPU, and on a GPU to begin with.
 CPU_TOKENS = 4096

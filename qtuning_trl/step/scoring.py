@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .documents import Document
+from .sample import Document
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def score_documents(
 
     Args:
         documents (`list[Document]`): The pool.
-        answer_mask (`Tensor` of shape `(samples, longest - 1)`, bool): Answer tokens, as of `documents.answer_mask`.
+        answer_mask (`Tensor` of shape `(samples, longest - 1)`, bool): Answer tokens, as of `sample.answer_mask`.
         batches (`Iterable[list[int]]`): Indices of the samples that go through the model together. The values of a
             sample that is in none stay 0.
         forward (`Callable`): Takes documents, returns the log-likelihoods and entropies of their answer tokens, in

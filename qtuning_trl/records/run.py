@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .method import SampleSelection
+from ..method import SampleSelection
 
 SUMMARY_NAME = "qtuning_summary.json"
 PHASES = ("scoring", "selection", "collation", "training")

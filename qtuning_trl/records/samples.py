@@ -30,15 +30,15 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .documents import IGNORE, KEPT_MASK, SAMPLE_ID, Document, answer_lengths
-from .method import SampleSelection
-from .record import COUNTS, PHASES, THRESHOLDS
+from ..method import SampleSelection
+from ..step.sample import IGNORE, KEPT_MASK, SAMPLE_ID, Document, answer_lengths
+from .run import COUNTS, PHASES, THRESHOLDS
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
-    from .trainer import QTuningSFTTrainer
+    from ..trainer import QTuningSFTTrainer
 
 RECORD_NAME = "qtuning_record"
 FORMAT = 1

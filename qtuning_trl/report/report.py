@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from .cli import EPILOG
+from ..cli import EPILOG
+from ..records.run import PHASES, QUADRANTS, THRESHOLDS
+from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
-from .record import PHASES, QUADRANTS, THRESHOLDS
-from .sample_record import KEPT_MASK, SAMPLE_ID, RecordReader
 
 if TYPE_CHECKING:
     import pandas as pd
