@@ -164,15 +164,15 @@ def test_attention_is_by_document_only_where_it_is_plain():
 @pytest.mark.parametrize("options", [{}, PADDING_FREE, PACKED], ids=str)
 def test_a_trainer_on_a_cpu_scores_without_padding(tmp_path, tokenizer, prompt_completion, options):
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", **options)
-    assert trainer._scoring_collator.padding_free
+    assert trainer.scorer.collator.padding_free
     assert trainer.data_collator.padding_free == bool(options), "training is not touched"
     documents = [document for row in trainer.train_dataset for document in split_documents(row)][:8]
-    found = trainer._score([documents], 64)[2]
-    rows = [torch.from_numpy(document["input_ids"]) for document in documents]
+    found = trainer.scorer.score(trainer.model, [documents], 64, trainer.state).values
+    rows = [torch.from_numpy(document.input_ids) for document in documents]
     trainer.model.eval()
     log_probs = naive(trainer.model, rows)[0].split([len(row) - 1 for row in rows])
     for index, document in enumerate(documents):
-        expected = -log_probs[index][torch.from_numpy(document["labels"][1:] != -100)]
+        expected = -log_probs[index][torch.from_numpy(document.labels[1:] != -100)]
         torch.testing.assert_close(found.nll[index][found.answer_mask[index]], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -4,9 +4,19 @@ from typing import Any, cast
 
 import trl.trainer.utils as trl_head
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import QTuningSFTConfig
+
+
+def load_processing_class(model: Any, args: QTuningSFTConfig) -> Any:
+    """Tokenizer (or processor) of a model or of its name, as `SFTTrainer` loads it."""
+    init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    return AutoProcessor.from_pretrained(
+        model if isinstance(model, str) else model.config._name_or_path,
+        revision=init_kwargs.get("revision") if isinstance(model, str) else None,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def load_second_model(
