@@ -302,7 +302,7 @@ def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost():
     score_rows(documents, forward, size, padding_free=False)
     assert max(tried) <= 30  # it has learnt what fits
     with pytest.raises(ValueError, match="a single row of 31 tokens does not fit into memory; lower `max_length`"):
-        score_rows([{"input_ids": np.zeros(31, int), "labels": np.full(31, 5), "sample_id": 0}], forward, size, False)
+        score_rows([Sample(np.zeros(31, int), np.full(31, 5), sample_id=0)], forward, size, False)
 
 
 def test_batches_grow_on_a_gpu_while_they_fit_and_stay_where_they_are_given():
