@@ -31,12 +31,10 @@ from .records.card import PAPER, add_facts
 from .records.run import (
     RunRecord,
     StepCounts,
-    SummaryWriter,
     count_step,
     count_unpruned_step,
     pool_columns,
     run_summary,
-    sum_of_processes,
     synchronize,
 )
 from .records.samples import SampleRecorder
@@ -152,38 +150,35 @@ class QTuningSFTTrainer(SFTTrainer):
 
     def _make_stations(self) -> None:
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
-        args, pad_token_id = self.args, self._tokenizer.pad_token_id
-        proxy = self._second_model("scoring_model") if args.scoring_model is not None else None
-        checks.refuse_missing_attention(self.model, args)
-        reference = self._second_model("reference_model") if "reference" in args.token_needs else None
+        args, model, tokenizer = self.args, self.model, self._tokenizer
+        proxy = load_second_model("scoring_model", args, model, tokenizer) if args.scoring_model is not None else None
+        checks.refuse_missing_attention(model, args)
+        needs_reference = "reference" in args.token_needs
+        reference = load_second_model("reference_model", args, model, tokenizer) if needs_reference else None
         # An adapter can be switched off; a model that is trained whole must be kept as it was.
-        whole = "base" in args.token_needs and not isinstance(self.model, PeftModel)
-        base = copy.deepcopy(self.model).requires_grad_(False) if whole else None
+        whole = "base" in args.token_needs and not isinstance(model, PeftModel)
+        base = copy.deepcopy(model).requires_grad_(False) if whole else None
         cache = None
         if args.reuses_scores and "scores" in args.sample_needs and not args.keeps_everything:
             cache = ScoreCache(args.score_reuse_epochs, args.score_reuse_steps)
         # A training forward scores as a scoring forward does, if it is the same model without noise.
-        noisy = args.neftune_noise_alpha is not None or has_dropout(self.model)
+        noisy = args.neftune_noise_alpha is not None or has_dropout(model)
         self._renews_scores = cache is not None and proxy is None and not noisy
 
-        scorers = [model for model in (self.model, proxy, reference) if model is not None]
+        scorers = [scorer for scorer in (model, proxy, reference) if scorer is not None]
         training_collator: Any = self.data_collator  # others are refused
         collator = scoring_collator(training_collator, scorers, args.device)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        protected = special_token_ids(self._tokenizer, self.model) if args.protect_special_tokens else set()
-        self.scorer = Scorer(args, self.accelerator, collator, pad_token_id, sharded, proxy, cache)
+        protected = special_token_ids(tokenizer, model) if args.protect_special_tokens else set()
+        self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)
         self.selector = Selector(args, self.accelerator, self.scorer, protected, reference, base)
-        self.batcher = Batcher(args, self.accelerator, training_collator, pad_token_id, self.model.config)
-
-    def _second_model(self, option: str) -> PreTrainedModel:
-        return load_second_model(option, self.args, self.model, self._tokenizer)
+        self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, model.config)
 
     def _add_listeners(self) -> None:
         """The callbacks, which are handed what they need: they decide nothing."""
         if self.scorer.cache is not None:
             self.add_callback(ScoreKeeper(self.scorer.cache))
         self.add_callback(RunRecord)
-        self.add_callback(SummaryWriter(lambda: self.run_record))
         self._recorder = None
         if self.args.record and "scores" in self.args.sample_needs:
             self._recorder = SampleRecorder(lambda: self.run_record, self._tokenizer)
@@ -231,7 +226,7 @@ class QTuningSFTTrainer(SFTTrainer):
         if self.args.keeps_everything:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._num_micro_batches = len(batches)
-            self.run_record.begin_training(sum_of_processes(count_unpruned_step(batches), self.accelerator))
+            self.run_record.begin_training(count_unpruned_step(batches))
             return batches, num_items
 
         drawn = [batch.examples for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -250,7 +245,7 @@ class QTuningSFTTrainer(SFTTrainer):
             micro_batches = self.batcher.collate(survivors, len(drawn), full_tokens, self._train_batch_size)
             num_items = count_items(self, micro_batches, device)
         self._num_micro_batches = len(micro_batches)
-        self.run_record.begin_training(sum_of_processes(step, self.accelerator))
+        self.run_record.begin_training(step)
         return [placeholder() for _ in range(len(drawn) - len(micro_batches))] + micro_batches, num_items
 
     def _prune_pool(self, groups: list[list[Sample]], batch_tokens: int) -> tuple[list[Sample], StepCounts]:

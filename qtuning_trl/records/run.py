@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -149,16 +148,7 @@ def count_step(
     pool: "ScoredPool",
     selection: "Selection",
 ) -> StepCounts:
-    """
-    The counts of a step on this process.
-
-    Args:
-        args ([`QTuningSFTConfig`]): The configuration.
-        groups (`list[list[Sample]]`): What was drawn.
-        candidates (`list[list[Sample]]`): Of that, the samples with an answer token.
-        pool ([`ScoredPool`]): Of those, the ones with a score.
-        selection ([`Selection`]): What both stages left.
-    """
+    """The counts of a step on this process: drawn `groups`, their `candidates`, those with a score, what was left."""
     step = StepCounts(scored=pool.values is not None)
     if pool.values is not None:
         step.nll, step.entropy = float(pool.values.nll.sum()), float(pool.values.entropy.sum())
@@ -189,13 +179,6 @@ def count_unpruned_step(batches: list[dict[str, Any]]) -> StepCounts:
             step.counts[f"{name}_samples"] += samples
             step.counts[f"{name}_answer_tokens"] += tokens
     return step
-
-
-def sum_of_processes(step: StepCounts, accelerator: Accelerator) -> StepCounts:
-    """The counts of a step over all processes."""
-    if accelerator.num_processes == 1:
-        return step
-    return sum(gather_object([step]), start=StepCounts(scored=step.scored))
 
 
 def pool_columns(selection: "Selection") -> dict[str, Any] | None:
@@ -233,7 +216,7 @@ def add_to_groups(total: dict[str, dict[str, int]], groups: dict[str, dict[str, 
 
 class RunRecord(TrainerCallback, ExportableState):
     """
-    Counts and seconds of a run: totals since its first step, and the steps since the last log.
+    Counts and seconds of a run: totals since its first step, its summary, and the steps since the last log.
 
     A callback, because the end of an optimizer step is known to callbacks only; exportable, so that the totals of an
     interrupted run go on when it is resumed (they travel in the checkpoint's `trainer_state.json`).
@@ -279,6 +262,12 @@ class RunRecord(TrainerCallback, ExportableState):
         self.last_step = {**self.window[-1], **{f"seconds_{phase}": self._seconds[phase] for phase in PHASES}}
         self._seconds.clear()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            text = json.dumps(run_summary(self, args), indent=2)
+            Path(args.output_dir, SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
+
     # What the trainer reports
 
     @contextmanager
@@ -289,7 +278,8 @@ class RunRecord(TrainerCallback, ExportableState):
         self._seconds[name] += time.perf_counter() - start
 
     def begin_training(self, step: StepCounts) -> None:
-        """Take in what a step selected, over all processes; from here on the clock runs for training."""
+        """Take in what a step selected, of all processes; from here on the clock runs for training."""
+        step = sum(gather_object([step]), start=StepCounts(scored=step.scored))
         for name in COUNTS:
             self.totals["counts"][name] += int(step.counts[name])
         add_to_groups(self.totals["groups"], step.groups)
@@ -339,16 +329,3 @@ def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
     """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
     config = json.loads(json.dumps(args.to_dict(), default=str))
     return {**record.summary(), "num_processes": args.world_size, "config": config}
-
-
-class SummaryWriter(TrainerCallback):
-    """Writes `qtuning_summary.json` into the output directory when training ends."""
-
-    def __init__(self, record: Callable[[], RunRecord]):
-        self.record = record
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(run_summary(self.record(), args), indent=2)
-            Path(args.output_dir, SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
