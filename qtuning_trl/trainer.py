@@ -128,9 +128,8 @@ class QTuningSFTTrainer(SFTTrainer):
             **kwargs,
         )
 
-        rows_before = (
-            None if kwargs.get("formatting_func") or not hasattr(train_dataset, "__len__") else len(train_dataset)
-        )
+        known = hasattr(train_dataset, "__len__") and not kwargs.get("formatting_func")
+        rows_before = len(train_dataset) if known else None
         cut_off = checks.refuse_missing_answers(self.train_dataset, rows_before, args)
         if cut_off:
             logger.warning(
