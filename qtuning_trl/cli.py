@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Commands that run in this process; the others are launched through accelerate.
-MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".report"}
+MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".scripts.report"}
 # Commands that patch libraries while they run: in a process of their own, which leaves nothing behind.
 OWN_PROCESS = {"plan": f"{__package__}.scripts.plan"}
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"

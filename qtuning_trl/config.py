@@ -12,6 +12,7 @@ BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*$")
 TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
+SURVIVOR_CHECKPOINTING = ("true", "auto", "false")
 
 
 @dataclass
@@ -133,9 +134,9 @@ class QTuningSFTConfig(SFTConfig):
     scoring_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, three times those of a "
-            "micro-batch of survivors (on a CPU 512 at most, unless a row is longer): scoring keeps no activations, so "
-            "it stays below the peak memory of training."
+            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, as many as need no more "
+            "memory than a micro-batch of survivors, which is counted on the model (on a CPU three times as many "
+            "tokens, 512 at most), and at least one row."
         },
     )
 
@@ -177,13 +178,21 @@ class QTuningSFTConfig(SFTConfig):
             "choices": list(MICRO_BATCHES),
         },
     )
-    survivor_checkpointing: bool = field(
-        default=True,
+    survivor_checkpointing: str = field(
+        default="true",
         metadata={
-            "help": "Whether `gradient_checkpointing` holds for the survivors. If false, they are trained without it, "
-            "in micro-batches whose activations take no more memory than a full micro-batch takes with it; one that is "
-            "too large for that, even with a single row, is checkpointed. The gradients are the same. In a model of 16 "
-            "to 32 layers it takes a `per_device_train_batch_size` of ten to fourteen before a row fits."
+            "help": "Whether `gradient_checkpointing` holds for the survivors: `'true'`; `'false'`; or `'auto'`, which "
+            "trains them without it, as many at a time as the memory that is free allows (on a GPU from the second "
+            "step on), and with it only where a row is too long. After an out-of-memory error the micro-batch is "
+            "trained again with it. The gradients are the same.",
+            "choices": list(SURVIVOR_CHECKPOINTING),
+        },
+    )
+    survivor_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, padding included, of a micro-batch of survivors without checkpointing, in place of what "
+            "`survivor_checkpointing` 'auto' finds. `qtuning plan --fit` says how many fit a card."
         },
     )
 
@@ -230,10 +239,13 @@ class QTuningSFTConfig(SFTConfig):
                 )
         if not 0.0 <= self.neighbor_weight <= 1.0:
             raise ValueError(f"`neighbor_weight` is {self.neighbor_weight}: give a weight from 0 to 1, such as 0.5.")
+        if isinstance(self.survivor_checkpointing, bool):
+            self.survivor_checkpointing = str(self.survivor_checkpointing).lower()
         for name, choices in (
             ("token_pruning", TOKEN_PRUNING),
             ("selection_scope", SELECTION_SCOPES),
             ("micro_batches", MICRO_BATCHES),
+            ("survivor_checkpointing", SURVIVOR_CHECKPOINTING),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -252,6 +264,16 @@ class QTuningSFTConfig(SFTConfig):
                 "leave it out."
             )
 
+        if self.survivor_batch_tokens is not None and self.survivor_batch_tokens < 1:
+            raise ValueError(
+                f"`survivor_batch_tokens` is {self.survivor_batch_tokens}: give a number of tokens of at least 1, or "
+                "leave it out."
+            )
+        if self.survivor_batch_tokens is not None and self.survivor_checkpointing != "auto":
+            raise ValueError(
+                f"`survivor_batch_tokens` is {self.survivor_batch_tokens} and `survivor_checkpointing` is "
+                f"{self.survivor_checkpointing!r}: set `survivor_checkpointing` to 'auto', or leave it out."
+            )
         if not 0.0 <= self.record_tokens <= 1.0:
             raise ValueError(f"`record_tokens` is {self.record_tokens}: give a share from 0 to 1, such as 0.1.")
         self._check_pruners()

@@ -27,16 +27,16 @@ from transformers import (
 )
 from trl import get_peft_config
 
-from qtuning_trl.host import lean_lm_head, without_checkpointing
+from qtuning_trl.host.head import lean_lm_head
+from qtuning_trl.host.ledger import Ledger
+from qtuning_trl.host.loop import without_checkpointing
 from qtuning_trl.plan import counting, plan
 from qtuning_trl.plan.counting import Batch, CountedModel, FakeRun
 from qtuning_trl.plan.fit import fit, recipe_lines, write_recipe
-from qtuning_trl.plan.ledger import Ledger
 from qtuning_trl.plan.lengths import Lengths
 from qtuning_trl.plan.model import model_config
 from qtuning_trl.plan.plan import GIB, verdict
 from qtuning_trl.plan.recipes import recipe_paths
-from qtuning_trl.plan.split import split_survivors
 from qtuning_trl.plan.text import describe
 from qtuning_trl.plan.timing import Budget, Cost, Costs, StepShape, step_time
 from qtuning_trl.plan.trainer import stand_in_trainer
@@ -191,24 +191,7 @@ def test_counting_leaves_nothing_behind(shape_dir):
     assert model(torch.ones((1, 4), dtype=torch.int64)).logits.isfinite().all()
 
 
-# Survivors in micro-batches, and time
-
-
-@pytest.mark.parametrize(
-    ("lengths", "free_tokens", "parts"),
-    [
-        ([3, 9, 5], 9, [([1], False), ([2], False), ([0], False)]),
-        ([3, 9, 5], 18, [([1, 2], False), ([0], False)]),
-        ([3, 9, 5], 4, [([1, 2], True), ([0], False)]),
-        ([3, 9, 5], 2, [([1, 2], True), ([0], True)]),
-        ([3, 9, 5], 99, [([1, 2], False), ([0], False)]),
-        # Six rows in three slots: one at a time is too many, so the longest are checkpointed two at a time.
-        ([6, 6, 6, 6, 6, 6], 6, [([0, 1], True), ([2, 3], True), ([4, 5], True)]),
-        ([6, 6, 6, 6, 3, 3], 6, [([0, 1], True), ([2, 3], True), ([4, 5], False)]),
-    ],
-)
-def test_survivors_go_without_checkpointing_as_far_as_memory_allows(lengths, free_tokens, parts):
-    assert split_survivors(lengths, 2, 3, free_tokens) == parts
+# Time
 
 
 def test_time_worked_by_hand():

@@ -14,9 +14,11 @@ from transformers import PreTrainedConfig
 from trl import ModelConfig
 
 from ..config import QTuningSFTConfig
-from ..host import head_without_top1, per_token_values, scoring_mode, without_checkpointing
+from ..host.head import head_without_top1, per_token_values
+from ..host.ledger import Peak
+from ..host.loop import without_checkpointing
+from ..host.modes import scoring_mode
 from .cuda import Answers, as_on_cuda, make_ledger
-from .ledger import Peak
 from .model import build, materialize
 from .trainer import stand_in_trainer
 

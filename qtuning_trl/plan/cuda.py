@@ -12,7 +12,7 @@ import trl.trainer.utils as trl_head
 from torch import Tensor
 from transformers import masking_utils
 
-from .ledger import HEAD, Ledger
+from ..host.ledger import HEAD, Ledger
 
 aten = torch.ops.aten
 

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..config import QTuningSFTConfig
+from ..host.ledger import HEAD, Peak
 from ..method import budget_size
+from ..step.memory import MOST_SCORED
 from .counting import Batch, Counted, CountedModel
-from .ledger import HEAD, Peak
 from .lengths import Lengths, data_lengths
 from .model import layer_kinds, model_config
 from .timing import Budget, Cost, Costs, StepShape, step_time
@@ -21,8 +22,6 @@ CARDS = (6, 8, 10, 12, 16, 24, 48, 80)
 # Not counted: what CUDA itself and its libraries take, and what fragmentation leaves unusable.
 CUDA_CONTEXT = 0.6 * GIB
 FRAGMENTATION = 0.10
-# More tokens at once do not make scoring faster: a GPU is busy with these.
-MOST_SCORED = 16_384
 COUNTED_TIME = "Time is in operations, on rows as long as these; half of the survivors are taken to have tokens pruned."
 NOT_COUNTED = (
     f"Not counted: the CUDA context ({CUDA_CONTEXT / GIB:g} GiB are added), fragmentation ({FRAGMENTATION:.0%} are "
@@ -204,8 +203,8 @@ class Planner:
             accumulation=self.args.gradient_accumulation_steps,
             four_bit=bool(self.model_args.load_in_4bit),
             checkpointing=bool(self.args.gradient_checkpointing),
-            survivors=str(self.args.survivor_checkpointing).lower() if self.prunes else "true",
-            free_tokens=getattr(self.args, "survivor_batch_tokens", None),
+            survivors=self.args.survivor_checkpointing if self.prunes else "true",
+            free_tokens=self.args.survivor_batch_tokens,
             scoring_tokens=self.args.scoring_batch_tokens,
         )
 

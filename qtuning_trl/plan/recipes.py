@@ -1,9 +1,10 @@
 """The table of plans in `recipes/README.md`: each recipe on each card, as `qtuning plan` has it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from .plan import CARDS, Plan
+from .plan import CARDS, Plan, Planner
 from .text import recipe_table
 
 START, END = "<!-- plans: made by `qtuning plan --recipes recipes` -->", "<!-- end of plans -->"
@@ -16,11 +17,8 @@ def recipe_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.yaml") if path.stem not in NOT_PLANNED)
 
 
-def plans_by_card(path: Path) -> dict[float, Plan]:
-    """The recipe's plan on each card up to 24 GB, rows of `max_length` assumed, as the data is nobody's yet."""
-    from ..scripts.plan import make_planner
-
-    planner = make_planner(["--config", str(path), "--dataset_name", ""])
+def plans_by_card(planner: Planner) -> dict[float, Plan]:
+    """A recipe's plan on each card up to 24 GB."""
     return {card: planner.plan(card=card) for card in CARDS[: CARDS.index(24) + 1]}
 
 
@@ -29,9 +27,13 @@ def smallest_card(plans: dict[float, Plan]) -> float:
     return next(card for card, plan in plans.items() if plan.verdict[f"{card:g}"] == "fits")
 
 
-def update_readme(folder: Path) -> bool:
+def update_readme(folder: Path, planner: Callable[[Path], Planner]) -> bool:
     """
     Bring the table between the marks in `README.md` up to date; whether it was not.
+
+    Args:
+        folder (`Path`): That of the recipes and README.md.
+        planner (`Callable`): Takes the path of a recipe.
 
     Raises:
         `ValueError`: If the marks are not there, or a recipe names another card than the smallest that it fits.
@@ -42,7 +44,7 @@ def update_readme(folder: Path) -> bool:
         raise ValueError(f"`--recipes` is '{folder}': put the lines '{START}' and '{END}' into its README.md.")
     rows = []
     for recipe in recipe_paths(folder):
-        plans = plans_by_card(recipe)
+        plans = plans_by_card(planner(recipe))
         named = CARD.search(recipe.read_text(encoding="utf-8"))
         if named is None or float(named[1]) != smallest_card(plans):
             raise ValueError(

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..host.ledger import HEAD
 from ..method import budget_size
-from ..scoring import scoring_batches
+from ..step.micro_batches import Part, split_survivors
+from ..step.scoring import scoring_batches
 from .counting import Batch, Counted
-from .ledger import HEAD
 from .lengths import Lengths
-from .split import Part, split_survivors
 
 # Pools that are drawn to average over.
 POOLS = 32

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,10 +46,12 @@ class Ledger(TorchDispatchMode):
         stand_in (`Callable`, *optional*):
             Takes an operation's `func, args, kwargs` and returns what it would return, or `NotImplemented`: for
             operations that fake tensors have no answer to.
+        device (`torch.device`, *optional*): Count the storages of this device only.
     """
 
-    def __init__(self, stand_in: Callable[..., Any] | None = None):
+    def __init__(self, stand_in: Callable[..., Any] | None = None, device: torch.device | None = None):
         super().__init__()
+        self.device = device
         self.stand_in = stand_in
         self.part_name = "other"
         self.alive: dict[int, tuple[Any, int, str]] = {}  # storage -> (weak reference, bytes, part)
@@ -72,6 +75,8 @@ class Ledger(TorchDispatchMode):
 
     def track(self, tensor: Tensor) -> None:
         """Count the tensor's storage, if it is not counted yet."""
+        if self.device is not None and tensor.device.type != self.device.type:
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self.alive.get(key)
