@@ -128,9 +128,9 @@ def at_equal_tokens(name: str, options: dict[str, Any], tokens: float) -> tuple[
             f"`tokens` is {tokens} and {name!r} has a `token_ratio` of {token_ratio}: {sample_ratio:g} of the samples "
             "would be needed; give it a higher `token_ratio`, or lower `tokens`."
         )
-    ratios = {"sample_ratio": sample_ratio, "token_ratio": token_ratio}
-    budget = f"{100 * sample_ratio:g}x{100 * token_ratio:g}"
-    return budget, {"token_budget": "pool", **options, **ratios}
+    budget = f"{100 * sample_ratio:.6g}x{100 * token_ratio:.6g}"
+    others = {name: value for name, value in options.items() if name not in ("sample_ratio", "token_ratio")}
+    return budget, {"token_budget": "pool", **others, "budget": budget}
 
 
 def load_comparison(path: str | Path) -> Comparison:

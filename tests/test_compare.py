@@ -123,7 +123,7 @@ def test_the_plan_is_shown_without_running(tmp_path, config, capsys):
         ({"sedes": [1]}, "`sedes` in .* is no key of a comparison: use recipe, pruners"),
         ({"budgets": None}, "`budgets` or `tokens` in .*: give one of them"),
         ({"tokens": [12.5]}, "`budgets` or `tokens` in .*: give one of them"),
-        ({"budgets": None, "tokens": [125]}, "`tokens` in .* has 125: give shares of the answer tokens in per cent"),
+        ({"budgets": None, "tokens": [125]}, "`tokens` in .* has 125: give shares of the answer tokens, in per cent"),
         ({"budgets": None, "tokens": [60]}, "`tokens` is 60 and 'mask' has a `token_ratio` of 0.5: 1.2 of the samples"),
         ({"pruners": [3]}, "`pruners` has the entry 3: give a name"),
         ({"pruners": ["random", "random"]}, "`pruners` in .* has two rows for 'random-25x50-seed-0'"),
@@ -237,23 +237,21 @@ def test_rows_at_equal_tokens_get_the_samples_that_their_token_ratio_needs(confi
     rows = [
         "random + none",
         "q_tuning",
-        {"name": "per answer", "token_budget": "answer", "sample_ratio": 0.16},
+        {"name": "per answer", "token_budget": "answer", "sample_ratio": 0.16, "tokens": [12.5]},
         {"name": "a quarter", "token_ratio": 0.25, "tokens": [6.25]},
     ]
     runs = load_comparison(config(pruners=rows, budgets=None, tokens=[12.5, 6.25])).runs()[2:]
-    facts = [
-        (run.pruner, run.tokens, run.budget, *map(run.options.get, ("sample_ratio", "token_ratio", "token_budget")))
-        for run in runs
-    ]
+    facts = [(run.pruner, run.tokens, run.budget, run.options["token_budget"]) for run in runs]
     assert facts == [
-        ("random + none", 12.5, "12.5x100", 0.125, 1.0, "pool"),
-        ("random + none", 6.25, "6.25x100", 0.0625, 1.0, "pool"),
-        ("q_tuning", 12.5, "25x50", 0.25, 0.5, "pool"),
-        ("q_tuning", 6.25, "12.5x50", 0.125, 0.5, "pool"),
-        ("per answer", 12.5, "16x50", 0.16, 0.5, "answer"),
-        ("per answer", 6.25, "16x50", 0.16, 0.5, "answer"),
-        ("a quarter", 6.25, "25x25", 0.25, 0.25, "pool"),
+        ("random + none", 12.5, "12.5x100", "pool"),
+        ("random + none", 6.25, "6.25x100", "pool"),
+        ("q_tuning", 12.5, "25x50", "pool"),
+        ("q_tuning", 6.25, "12.5x50", "pool"),
+        ("per answer", 12.5, "16x50", "answer"),
+        ("a quarter", 6.25, "25x25", "pool"),
     ]
+    assert all(run.options["budget"] == run.budget for run in runs)
+    assert not any({"sample_ratio", "token_ratio"} & run.options.keys() for run in runs)
 
 
 def test_a_share_of_tokens_that_is_missed_is_marked():
