@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qtuning_trl.compare import FULL_DATA, ZERO_SHOT, Estimate, markdown, rows_from_json
+from qtuning_trl.studies.compare import FULL_DATA, ZERO_SHOT, Estimate, markdown, rows_from_json
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "results" / "lab"

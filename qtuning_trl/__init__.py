@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import QTuningSFTConfig
-    from .plots import plot_eu_plane
-    from .sample_record import load_record
+    from .records.samples import load_record
+    from .report.plots import plot_eu_plane
     from .trainer import QTuningSFTTrainer
 
 __version__ = version("qtuning-trl")

@@ -10,7 +10,7 @@ from trl.data_utils import is_conversational_from_value
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import QTuningSFTConfig
-from .documents import SAMPLE_ID
+from .step.sample import SAMPLE_ID
 
 
 def refuse_unsupported_options(

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Commands that run in this process; the others are launched through accelerate.
-MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".report"}
+MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".scripts.report"}
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from qtuning_trl.dataset_scoring import (
+from qtuning_trl.step.sample import Sample
+from qtuning_trl.studies.dataset_scoring import (
     BatchSize,
     PartialScores,
     TokenPruning,
@@ -39,9 +40,9 @@ def rows(count: int) -> Iterator[dict]:
         yield {"input_ids": ids, "labels": [-100] * 4 + ids[4:], "sample_id": row, "text": f"row {row}"}
 
 
-def forward(documents: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(documents: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Random values: what is measured here is what is done with them."""
-    size = sum(int((document["labels"][1:] != -100).sum()) for document in documents)
+    size = sum(int((document.labels[1:] != -100).sum()) for document in documents)
     return -torch.rand(size) * 5, torch.rand(size)
 
 

@@ -7,7 +7,7 @@ from test_trainer import COMMON, losses
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
+from qtuning_trl.step.sample import split_documents
 
 LLAMA_LIKE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -39,14 +39,14 @@ def test_scores_are_those_of_full_logits(tmp_path, tokenizer, prompt_completion,
     trainer = QTuningSFTTrainer(model, args, train_dataset=prompt_completion, processing_class=tokenizer)
 
     documents = [document for row in trainer.train_dataset for document in split_documents(row)][:8]
-    found = trainer._score([documents], 64)[2]
-    rows = [torch.from_numpy(document["input_ids"]) for document in documents]
+    found = trainer.scorer.score(trainer.model, [documents], 64, trainer.state).values
+    rows = [torch.from_numpy(document.input_ids) for document in documents]
     model.eval()
     sizes = [len(row) - 1 for row in rows]
     for ours, full in zip((found.nll, found.entropy), naive(model, rows), strict=True):
         sign = -1 if ours is found.nll else 1
         for index, (document, values) in enumerate(zip(documents, full.split(sizes), strict=True)):
-            expected = sign * values[torch.from_numpy(document["labels"][1:] != -100)]
+            expected = sign * values[torch.from_numpy(document.labels[1:] != -100)]
             torch.testing.assert_close(ours[index][found.answer_mask[index]].double(), expected, rtol=1e-5, atol=1e-5)
 
     trainer.train()

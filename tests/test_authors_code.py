@@ -108,18 +108,18 @@ def test_the_forward_gives_the_entropy_of_prompts_too(pruned_trainer):  # noqa: 
     """Against naive logits; and the answers' own values are what they are without it."""
     trainer = pruned_trainer("q_tuning_code", "none", max_steps=1, learning_rate=0.0)
     seen = []
-    original = trainer._score
-    trainer._score = lambda groups, tokens: (seen.append((groups, original(groups, tokens))), seen[-1][1])[1]
+    original = trainer.scorer.score
+    trainer.scorer.score = lambda *args: (seen.append(original(*args)), seen[-1])[1]
     trainer.train()
-    ((documents,), (_, _, values)) = seen[0]
+    (documents,), values = seen[0].groups, seen[0].values
     model = tiny_llama()
     for index, document in enumerate(documents):
         with torch.no_grad():
-            logits = model(torch.from_numpy(document["input_ids"])[None]).logits[0, :-1].double()
+            logits = model(torch.from_numpy(document.input_ids)[None]).logits[0, :-1].double()
         log_probs = logits.log_softmax(dim=-1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        answer = torch.from_numpy(document["labels"][1:] != -100)
-        nll = -log_probs.gather(1, torch.from_numpy(document["input_ids"][1:])[:, None])[:, 0]
+        answer = torch.from_numpy(document.labels[1:] != -100)
+        nll = -log_probs.gather(1, torch.from_numpy(document.input_ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(values.sequence_entropy[index], entropy.mean(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
             values.entropy[index][values.answer_mask[index]], entropy[answer], rtol=1e-5, atol=1e-5
@@ -139,8 +139,8 @@ def test_the_plane_is_that_of_the_authors_entropy(pruned_trainer):  # noqa: F811
 def test_the_authors_baselines_see_the_prompt(pruned_trainer, tokenizer, scored):  # noqa: F811
     trainer = pruned_trainer("longest_code", "none", max_steps=1)
     drawn = []
-    original = trainer._select_of
-    trainer._select_of = lambda columns, *rest: (drawn.append(columns), original(columns, *rest))[1]
+    original = trainer.selector._select_of
+    trainer.selector._select_of = lambda columns, *rest: (drawn.append(columns), original(columns, *rest))[1]
     trainer.train()
     (columns,) = drawn
     lengths = columns["prompt_characters"].tolist()

@@ -12,7 +12,7 @@ import yaml
 from conftest import prompt_completion_rows
 
 from qtuning_trl import cli
-from qtuning_trl.compare import (
+from qtuning_trl.studies.compare import (
     FULL_DATA,
     RESULT_NAME,
     ZERO_SHOT,

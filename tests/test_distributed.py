@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from two_processes import SCENARIOS
 
 from qtuning_trl import load_record
-from qtuning_trl.report import report_data
-from qtuning_trl.sample_record import RecordReader
+from qtuning_trl.records.samples import RecordReader
+from qtuning_trl.report.report import report_data
 
 TESTS = Path(__file__).parent
 

@@ -9,24 +9,24 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtuning_trl.documents import (
+from qtuning_trl.step.micro_batches import pack_rows, split_evenly
+from qtuning_trl.step.sample import (
     IGNORE,
     SAMPLE_ID,
+    Sample,
     answer_lengths,
     answer_mask,
     number_rows,
-    pack_rows,
     protected_mask,
     prune_document,
     split_documents,
-    split_evenly,
 )
-from qtuning_trl.scoring import score_documents, scoring_batches
+from qtuning_trl.step.scoring import score_documents, scoring_batches
 
 
 def document(input_ids, labels=None, **extra):
     labels = input_ids if labels is None else labels
-    return {"input_ids": np.array(input_ids, dtype=np.int64), "labels": np.array(labels, dtype=np.int64), **extra}
+    return Sample(np.array(input_ids, dtype=np.int64), np.array(labels, dtype=np.int64), sample_id=-1, **extra)
 
 
 def with_prompt(prompt: int, answer: int, start: int = 10):
@@ -36,7 +36,10 @@ def with_prompt(prompt: int, answer: int, start: int = 10):
 
 
 def as_lists(documents):
-    return [{key: np.asarray(value).tolist() for key, value in doc.items() if key != SAMPLE_ID} for doc in documents]
+    """What is told of each document, its id excepted."""
+    plain = vars(document([]))
+    told = [{key: value for key, value in vars(doc).items() if value is not plain[key]} for doc in documents]
+    return [{key: np.asarray(value).tolist() for key, value in doc.items() if key != SAMPLE_ID} for doc in told]
 
 
 # split_documents
@@ -46,14 +49,14 @@ def test_a_row_is_one_document():
     example = {"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7], "source": "a", "other": 1}
     (whole,) = split_documents(example)
     assert as_lists([whole]) == [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}]
-    assert whole["input_ids"].dtype == whole["labels"].dtype == np.int64
+    assert whole.input_ids.dtype == whole.labels.dtype == np.int64
     (grouped,) = split_documents(example, "source")
-    assert grouped["group"] == "a"
+    assert grouped.group == "a"
 
 
 def test_without_labels_every_token_is_trained_on():
     (whole,) = split_documents({"input_ids": [5, 6, 7]})
-    assert whole["labels"].tolist() == [5, 6, 7]
+    assert whole.labels.tolist() == [5, 6, 7]
     packed = split_documents({"input_ids": [5, 6, 7], "seq_lengths": [2, 1]})
     assert as_lists(packed) == [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}]
 
@@ -71,7 +74,7 @@ def test_a_packed_row_is_its_documents():
 
 def test_a_sample_id_is_the_row_number_or_a_hash_of_the_tokens():
     rows = number_rows(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": [5, 6]}, {"input_ids": [7]}]))
-    assert [split_documents(row)[0][SAMPLE_ID] for row in rows.shuffle(seed=1)] == rows.shuffle(seed=1)[SAMPLE_ID]
+    assert [split_documents(row)[0].sample_id for row in rows.shuffle(seed=1)] == rows.shuffle(seed=1)[SAMPLE_ID]
     assert sorted(rows[SAMPLE_ID]) == [0, 1, 2]
     own = Dataset.from_dict({"input_ids": [[5], [6]], SAMPLE_ID: [40, 30]})
     assert number_rows(own)[SAMPLE_ID] == [40, 30]
@@ -82,10 +85,10 @@ def test_a_sample_id_is_the_row_number_or_a_hash_of_the_tokens():
         {"input_ids": [1, 2, 3, 4, 3, 4], "labels": [1, 2, 3, 4, IGNORE, 4], "seq_lengths": [2] * 3}
     )
     (alone,) = split_documents({"input_ids": [3, 4], "labels": [3, 4]})
-    first, second, third = (doc[SAMPLE_ID] for doc in packed)
-    assert second == alone[SAMPLE_ID]
+    first, second, third = (doc.sample_id for doc in packed)
+    assert second == alone.sample_id
     assert len({first, second, third}) == 3  # the third has other labels
-    assert all(0 <= doc[SAMPLE_ID] < 2**63 for doc in packed)
+    assert all(0 <= doc.sample_id < 2**63 for doc in packed)
 
 
 # Masks
@@ -141,21 +144,28 @@ def test_pruned_tokens_leave_the_loss_or_the_sequence():
             "labels": [IGNORE, IGNORE, 3, IGNORE, IGNORE, 6],
             "group": "a",
             "pruned": True,
+            "kept_mask": [True, False, True],
         }
     ]
     assert as_lists([dropped]) == [
-        {"input_ids": [1, 2, 3, 5, 6], "labels": [IGNORE, IGNORE, 3, IGNORE, 6], "group": "a", "pruned": True}
+        {
+            "input_ids": [1, 2, 3, 5, 6],
+            "labels": [IGNORE, IGNORE, 3, IGNORE, 6],
+            "group": "a",
+            "pruned": True,
+            "kept_mask": [True, False, True],
+        }
     ]
-    assert prune_document(whole, np.ones(5, dtype=bool), drop=False)["pruned"] is False
+    assert prune_document(whole, np.ones(5, dtype=bool), drop=False).pruned is False
     assert as_lists([whole]) == as_lists([before])
-    assert masked["labels"].dtype == dropped["labels"].dtype == np.int64
+    assert masked.labels.dtype == dropped.labels.dtype == np.int64
 
 
 def test_the_first_token_of_a_document_never_leaves():
     whole = document([1, 2, 3])  # trained on throughout, yet its first token has no score
     nothing = np.zeros(2, dtype=bool)
-    assert prune_document(whole, nothing, drop=True)["input_ids"].tolist() == [1]
-    assert prune_document(whole, nothing, drop=False)["labels"].tolist() == [1, IGNORE, IGNORE]
+    assert prune_document(whole, nothing, drop=True).input_ids.tolist() == [1]
+    assert prune_document(whole, nothing, drop=False).labels.tolist() == [1, IGNORE, IGNORE]
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -175,11 +185,11 @@ def test_pruning_keeps_the_prompt_and_counts_right(drop):
         assert as_lists([whole]) == as_lists([before])
         survivors = [t for t in range(size) if t == 0 or not trained[t] or keep[t - 1]]
         if drop:
-            assert result["input_ids"].tolist() == ids[survivors].tolist()
-            assert result["labels"].tolist() == whole["labels"][survivors].tolist()
+            assert result.input_ids.tolist() == ids[survivors].tolist()
+            assert result.labels.tolist() == whole.labels[survivors].tolist()
         else:
-            assert result["input_ids"].tolist() == ids.tolist()
-            assert result["labels"].tolist() == [whole["labels"][t] if t in survivors else IGNORE for t in range(size)]
+            assert result.input_ids.tolist() == ids.tolist()
+            assert result.labels.tolist() == [whole.labels[t] if t in survivors else IGNORE for t in range(size)]
         assert answer_lengths([result]) == [int((trained[1:] & keep[: size - 1]).sum())]
 
 
@@ -190,7 +200,7 @@ def test_packing_by_hand():
     # Longest first into rows of 10: 7 | 6, then 4 beside the 6 (beside the 7 only 3 are free), 3 beside the 7, and 2
     # opens a third row.
     documents = [with_prompt(1, size - 1, start=100 * size) for size in (2, 7, 3, 6, 4)]
-    rows = pack_rows(documents, 10)
+    rows = [row.as_example() for row in pack_rows(documents, 10)]
     assert [row["seq_lengths"] for row in rows] == [[7, 3], [6, 4], [2]]
     assert rows[0]["input_ids"].tolist() == [*range(700, 707), *range(300, 303)]
     assert rows[0]["labels"].tolist() == [IGNORE, *range(701, 707), IGNORE, 301, 302]
@@ -200,7 +210,7 @@ def test_packing_prefers_the_tightest_row():
     # Rows of 20: 14 leaves 6; 11 opens a row and leaves 9, 7 fits only there and leaves 2. The 2 would fit the first
     # row, but the second is tighter.
     documents = [with_prompt(0, size, start=100 * size) for size in (2, 7, 11, 14)]
-    assert [row["seq_lengths"] for row in pack_rows(documents, 20)] == [[14], [11, 7, 2]]
+    assert [list(map(len, row.samples)) for row in pack_rows(documents, 20)] == [[14], [11, 7, 2]]
 
 
 def test_packing_loses_nothing_and_overfills_no_row():
@@ -214,13 +224,13 @@ def test_packing_loses_nothing_and_overfills_no_row():
             documents.append(with_prompt(prompt, size - prompt, start=start))
             start += size
         before = copy.deepcopy(documents)
-        rows = pack_rows(documents, max_length)
+        rows = [row.as_example() for row in pack_rows(documents, max_length)]
 
         assert as_lists(documents) == as_lists(before)
         assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= max_length for row in rows)
         # Every document once, with its tokens in order and its labels beside them.
         unpacked = [doc for row in rows for doc in split_documents(row)]
-        by_tokens = lambda doc: doc["input_ids"].tolist()  # noqa: E731
+        by_tokens = lambda doc: doc.input_ids.tolist()  # noqa: E731
         assert as_lists(sorted(unpacked, key=by_tokens)) == as_lists(sorted(documents, key=by_tokens))
         # Best fit leaves no two rows that would fit into one.
         lengths = sorted(len(row["input_ids"]) for row in rows)
@@ -245,13 +255,13 @@ def test_micro_batches_are_even_and_sorted():
             assert max(sizes) - min(sizes) <= 1
             dealt = [row for part in parts for row in part]
             assert Counter(map(id, dealt)) == Counter(map(id, rows))
-            lengths = [len(row["input_ids"]) for row in dealt]
+            lengths = [len(row.input_ids) for row in dealt]
             assert lengths == sorted(lengths, reverse=True)
 
 
 def test_rows_of_one_length_stay_in_order():
     rows = [with_prompt(0, 3, start=100 * i) for i in range(5)]
-    assert [row["input_ids"][0] for part in split_evenly(rows, 2) for row in part] == [0, 100, 200, 300, 400]
+    assert [row.input_ids[0] for part in split_evenly(rows, 2) for row in part] == [0, 100, 200, 300, 400]
 
 
 # Scoring
@@ -300,17 +310,17 @@ def test_scores_land_on_their_tokens(padding_free):
 
     def forward(batch):
         seen.append(len(batch))
-        tokens = [int(t) for doc in batch for t in doc["labels"][1:] if t != IGNORE]
+        tokens = [int(t) for doc in batch for t in doc.labels[1:] if t != IGNORE]
         return -torch.tensor(tokens, dtype=torch.float32) / 7, torch.tensor(tokens, dtype=torch.float32) / 3
 
     mask = answer_mask(documents)
-    batches = scoring_batches([len(doc["labels"]) for doc in documents], 12, padding_free)
+    batches = scoring_batches([len(doc.labels) for doc in documents], 12, padding_free)
     values = score_documents(documents, mask, batches, forward)
     assert len(seen) == len(batches) > 1
 
     tokens = torch.zeros(mask.shape)
     for row, doc in enumerate(documents):
-        tokens[row, : len(doc["input_ids"]) - 1] = torch.from_numpy(doc["input_ids"][1:]).float()
+        tokens[row, : len(doc.input_ids) - 1] = torch.from_numpy(doc.input_ids[1:]).float()
     assert mask.any()
     assert not mask.all()
     assert torch.equal(values.nll, (tokens / 7).double() * mask)

@@ -19,8 +19,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qtuning_trl import cli
-from qtuning_trl.evaluation import ADAPTER, BASE, BY_TASK, MODEL, PAPER_TASKS, averages, markdown, notes, task_row
 from qtuning_trl.scripts import eval as script
+from qtuning_trl.studies import adapters
+from qtuning_trl.studies.evaluation import (
+    ADAPTER,
+    BASE,
+    BY_TASK,
+    MODEL,
+    PAPER_TASKS,
+    averages,
+    markdown,
+    notes,
+    task_row,
+)
 
 SAMPLES = 12
 CHOICES = ["a", "b", "c"]
@@ -274,7 +285,7 @@ def test_an_adapter_that_is_not_applied_is_refused(place, tmp_path, make, damage
     base = AutoModelForCausalLM.from_pretrained(place / "base")
     tokenizer = AutoTokenizer.from_pretrained(place / "base")
     with pytest.raises(ValueError, match=rf"`--adapter` is .*{sentence}"):
-        script.apply_adapter(base, tokenizer, str(tmp_path), with_base=True)
+        adapters.apply_adapter(base, tokenizer, str(tmp_path), with_base=True)
 
 
 def test_an_adapter_of_other_modules_is_refused_before_any_task(place, tmp_path, capsys):
@@ -307,9 +318,9 @@ def test_an_adapter_that_cannot_be_switched_off_needs_no_base(tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         if with_base:
             with pytest.raises(ValueError, match=r"cannot be switched off .*`--no_base`"):
-                script.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=True)
+                adapters.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=True)
         else:
-            _, applied = script.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=False)
+            _, applied = adapters.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=False)
             assert applied["modules"] == 6
 
 
@@ -379,7 +390,7 @@ def test_a_chat_template_that_is_missing_is_refused(place, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     arguments = script.make_parser().parse_args(["--tokenizer", str(tmp_path), "--apply_chat_template"])
     with pytest.raises(ValueError, match=r"`--apply_chat_template` is given, but the tokenizer of .* has no chat"):
-        script.load_tokenizer(arguments, "unused")
+        adapters.load_tokenizer(arguments, "unused")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(place):
@@ -387,7 +398,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(place):
     tokenizer.add_tokens(["<new>"])
     model = AutoModelForCausalLM.from_pretrained(place / "base")
     with pytest.raises(ValueError, match=f"has {len(WORDS) + 1} tokens and the model embeds {len(WORDS)}: merge"):
-        script.check_vocabulary(model, tokenizer, "here")
+        adapters.check_vocabulary(model, tokenizer, "here")
 
 
 # The paper's tasks

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from qtuning_trl import host
+from qtuning_trl.host import head, loop
 
 
 def parameters(function) -> list[str]:
@@ -35,7 +35,7 @@ def parameters(function) -> list[str]:
 )
 def test_hooks_have_the_signature_we_override_or_call(function, expected):
     assert parameters(function) == expected, (
-        f"{function.__qualname__} takes {parameters(function)} now: adapt qtuning_trl/trainer.py or host.py."
+        f"{function.__qualname__} takes {parameters(function)} now: adapt qtuning_trl/trainer.py or host/."
     )
 
 
@@ -57,29 +57,29 @@ def test_the_loop_advances_one_step_per_entry_of_get_batch_samples():
 def test_the_train_loader_takes_its_collator_and_batch_size_where_we_set_them(tmp_path, tokenizer, prompt_completion):
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, SFTTrainer)
     collator = trainer.data_collator
-    with host.train_loader_of(trainer, list, 7):
+    with loop.train_loader_of(trainer, list, 7):
         loader = trainer.get_train_dataloader()
     batch = next(iter(loader))
-    assert isinstance(batch, list), "Trainer.get_train_dataloader no longer takes `self.data_collator` (host.py)."
-    assert len(batch) == 7, "Trainer.get_train_dataloader no longer takes `self._train_batch_size` (host.py)."
+    assert isinstance(batch, list), "Trainer.get_train_dataloader no longer takes `self.data_collator` (host/loop.py)."
+    assert len(batch) == 7, "Trainer.get_train_dataloader no longer takes `self._train_batch_size` (host/loop.py)."
     assert trainer.data_collator is collator
     assert trainer._train_batch_size == 4
 
 
 def test_a_column_can_be_kept(tmp_path, tokenizer, prompt_completion):
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, SFTTrainer)
-    host.keep_column(trainer, "source")
-    with host.train_loader_of(trainer, list, 4):
+    loop.keep_column(trainer, "source")
+    with loop.train_loader_of(trainer, list, 4):
         example = next(iter(trainer.get_train_dataloader()))[0]
     assert set(example) == {"input_ids", "labels", "source"}, (
-        "Trainer no longer filters columns by `_signature_columns` (host.keep_column)."
+        "Trainer no longer filters columns by `_signature_columns` (host.loop.keep_column)."
     )
 
 
 def test_items_are_counted_on_the_shifted_labels(tmp_path, tokenizer, prompt_completion):
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, SFTTrainer)
     labels = torch.tensor([[5, 6, -100, 7], [-100, 8, 9, -100]])
-    assert host.count_items(trainer, [{"labels": labels}, {"labels": labels}], torch.device("cpu")) == 8
+    assert loop.count_items(trainer, [{"labels": labels}, {"labels": labels}], torch.device("cpu")) == 8
 
 
 def test_the_fused_head_gives_log_probs_and_entropies_of_the_labelled_tokens():
@@ -90,7 +90,7 @@ def test_the_fused_head_gives_log_probs_and_entropies_of_the_labelled_tokens():
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits.double().log_softmax(-1)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        log_probs, entropy = host.per_token_values(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+        log_probs, entropy = head.per_token_values(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
     where = [(0, 1, 6), (0, 2, 7), (0, 3, 8), (1, 0, 10), (1, 1, 11)]
     expected = torch.stack([logits[row, column, token] for row, column, token in where])
     rows = torch.stack([logits[row, column] for row, column, _ in where])

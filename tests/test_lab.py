@@ -10,11 +10,11 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from qtuning_trl.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
 from qtuning_trl.demo.lab import NOISE, corrupted, make_gsm8k, make_sums
 from qtuning_trl.demo.make_base_model import batches, make_tokenizer
 from qtuning_trl.scripts import compare, sft
+from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
 
 REPOSITORY = Path(__file__).parents[1]
 COMPARISONS = sorted((REPOSITORY / "recipes" / "lab").glob("compare_*.yaml"))

@@ -14,8 +14,8 @@ from pathlib import Path
 from test_trainer import make_trainer
 from transformers import ProgressCallback
 
-from qtuning_trl import live
-from qtuning_trl.live import IMAGE_NAME, SelectionProgress
+from qtuning_trl.report import live
+from qtuning_trl.report.live import IMAGE_NAME, SelectionProgress
 
 TESTS = Path(__file__).parent
 LOGGED = ("qtuning/q1", "qtuning/q4", "qtuning/filled", "qtuning/seconds_selecting", "qtuning/seconds_training")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qtuning_trl import plots
 from qtuning_trl.method import select_samples
-from qtuning_trl.plots import CORNERS, QUADRANT_NAMES, plot_eu_plane
+from qtuning_trl.report import plots
+from qtuning_trl.report.plots import CORNERS, QUADRANT_NAMES, plot_eu_plane
 
 matplotlib = pytest.importorskip("matplotlib")
 THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")

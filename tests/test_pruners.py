@@ -384,13 +384,13 @@ def test_another_seed_and_another_step_draw_other_samples(pruned_trainer):
     def kept(**options):
         pools = []
         trainer = pruned_trainer("random", "none", max_steps=2, data_seed=0, shuffle_dataset=False, **options)
-        original = trainer._select_of
+        original = trainer.selector._select_of
 
         def select_of(*args):
             pools.append(original(*args).keep.tolist())
             return original(*args)
 
-        trainer._select_of = select_of
+        trainer.selector._select_of = select_of
         trainer.train()
         return pools
 
@@ -417,13 +417,13 @@ def test_another_seed_and_another_step_draw_other_samples(pruned_trainer):
 )
 def test_a_pruner_costs_the_forwards_it_needs_and_no_more(pruned_trainer, samples, tokens, forwards):
     trainer = pruned_trainer(samples, tokens, max_steps=1)
-    original, count = trainer._forward_all, []
+    original, count = trainer.scorer.forward_all, []
 
     def forward_all(model, pool, now, batch_tokens):
         count.append(len(now))
         return original(model, pool, now, batch_tokens)
 
-    trainer._forward_all = forward_all
+    trainer.scorer.forward_all = forward_all
     trainer.train()
     assert sum(count) == forwards
     of_the_model_itself = forwards - 8 if tokens == "rho1" else 0 if tokens == "token_cleaning" else forwards
@@ -435,28 +435,28 @@ def test_reference_and_base_losses_are_those_of_their_models(pruned_trainer, ref
     for dropout in (0.0, None):
         trainer = pruned_trainer("random", "token_cleaning", f"run-{dropout}", dropout=dropout, max_steps=3)
         seen = []
-        original = trainer._token_pruner.prune
-        trainer._token_pruner = pruners.Pruner(
+        original = trainer.selector.token_pruner.prune
+        trainer.selector.token_pruner = pruners.Pruner(
             lambda answers, seen=seen, original=original: seen.append(answers) or original(answers),
             ("base", "reference"),
         )
         drawn = []
-        prune_tokens = trainer._prune_tokens
+        prune_tokens = trainer.selector.prune_tokens
 
-        def remember(chosen, *args, drawn=drawn, prune_tokens=prune_tokens):
-            ((group, _, _, selection, _),) = chosen
-            drawn.append([group[index] for index in selection.keep.nonzero().flatten().tolist()])
-            return prune_tokens(chosen, *args)
+        def remember(selection, *args, drawn=drawn, prune_tokens=prune_tokens):
+            (group,) = selection.groups
+            drawn.append([group.samples[index] for index in group.decided.keep.nonzero().flatten().tolist()])
+            return prune_tokens(selection, *args)
 
-        trainer._prune_tokens = remember
+        trainer.selector.prune_tokens = remember
         trainer.train()
         assert len(seen) == 3
         for values, model in ((seen[-1].base_nll, tiny_llama()), (seen[-1].reference_nll, tiny_llama(5))):
             for row, mask, document in zip(values, seen[-1].answer_mask, drawn[-1], strict=True):
                 with torch.no_grad():
-                    logits = model(torch.from_numpy(document["input_ids"])[None]).logits[0, :-1]
+                    logits = model(torch.from_numpy(document.input_ids)[None]).logits[0, :-1]
                 nll = torch.nn.functional.cross_entropy(
-                    logits, torch.from_numpy(document["labels"])[1:], ignore_index=-100, reduction="none"
+                    logits, torch.from_numpy(document.labels)[1:], ignore_index=-100, reduction="none"
                 )
                 expected = nll[nll != 0].double()
                 torch.testing.assert_close(row[mask], expected, rtol=1e-4, atol=1e-5)
@@ -490,7 +490,7 @@ def test_what_is_kept_is_recorded_also_of_rivals(pruned_trainer):
 
 
 def _card(trainer) -> str:
-    from qtuning_trl.record import model_card_section
+    from qtuning_trl.records.card import model_card_section
 
     return model_card_section(trainer.summary())
 

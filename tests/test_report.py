@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qtuning_trl import load_record
 from qtuning_trl.cli import main
-from qtuning_trl.record import SUMMARY_NAME, THRESHOLDS
-from qtuning_trl.report import report_data, run_data, write_report
-from qtuning_trl.sample_record import RECORD_NAME, SAMPLES, STEPS, TEXTS, Part, RecordReader, write_part
+from qtuning_trl.records.run import SUMMARY_NAME, THRESHOLDS
+from qtuning_trl.records.samples import RECORD_NAME, SAMPLES, STEPS, TEXTS, Part, RecordReader, write_part
+from qtuning_trl.report.report import report_data, run_data, write_report
 
 NASTY = "<b>bold</b> </script><script>attacked = 1</script><img src=x onerror='attacked = 2'> & caf\u00e9 \u2603"
 

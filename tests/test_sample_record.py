@@ -14,9 +14,10 @@ from datasets import Dataset
 from test_trainer import PACKED, Recorder, make_trainer, rows_of
 from transformers import TrainerCallback
 
-from qtuning_trl import load_record, sample_record
-from qtuning_trl.record import COUNTS, SUMMARY_NAME
-from qtuning_trl.sample_record import RECORD_NAME, RecordReader, is_sampled, list_parts
+from qtuning_trl import load_record
+from qtuning_trl.records import samples as sample_record
+from qtuning_trl.records.run import COUNTS, SUMMARY_NAME
+from qtuning_trl.records.samples import RECORD_NAME, RecordReader, is_sampled, list_parts
 
 TESTS = Path(__file__).parent
 
@@ -231,17 +232,17 @@ from conftest import prompt_completion_rows
 from datasets import Dataset
 from test_trainer import make_trainer
 from transformers import PreTrainedTokenizerFast
-from qtuning_trl import sample_record
+from qtuning_trl.records import parts, samples as sample_record
 
 sample_record.FLUSH_ROWS = 1
-write = sample_record.pq.write_table
+write = parts.pq.write_table
 def killing(table, file, **kwargs):
     if "00000003" in file.name and "samples" in file.name:
         file.write(b"PAR1 half a file")
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     write(table, file, **kwargs)
-sample_record.pq.write_table = killing
+parts.pq.write_table = killing
 dataset = Dataset.from_list(prompt_completion_rows(40))
 tokenizer = PreTrainedTokenizerFast.from_pretrained({tokenizer_dir!r})
 make_trainer({str(tmp_path)!r}, tokenizer, dataset, budget="50x50").train()

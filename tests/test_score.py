@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import cli
-from qtuning_trl.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.scripts import score
+from qtuning_trl.step.sample import Sample
+from qtuning_trl.studies.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
 
 ROWS = 90
 CPU = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
@@ -211,14 +212,14 @@ def whole(tmp_path, model_dir, data) -> bytes:
 KILLED = """
 import os, signal, sys
 from qtuning_trl.scripts import score
-from qtuning_trl.trainer import QTuningSFTTrainer
-calls, original = [], QTuningSFTTrainer._forward_documents
-def forward(self, documents):
+from qtuning_trl.step.scoring import Scorer
+calls, original = [], Scorer.forward
+def forward(self, model, documents):
     calls.append(1)
     if len(calls) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, documents)
-QTuningSFTTrainer._forward_documents = forward
+    return original(self, model, documents)
+Scorer.forward = forward
 score.run(sys.argv[1:])
 """
 
@@ -235,8 +236,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(tmp_path, model_dir, data,
 
     again = scorer(model_dir, data, output)
     scored = []
-    original = again.trainer._forward_documents
-    monkeypatch.setattr(again.trainer, "_forward_documents", lambda docs: scored.extend(docs) or original(docs))
+    original = again.trainer.scorer.forward
+    forward = lambda model, docs: scored.extend(docs) or original(model, docs)  # noqa: E731
+    monkeypatch.setattr(again.trainer.scorer, "forward", forward)
     again.score()
     again.finish()
     assert len(scored) == ROWS - 40
@@ -279,17 +281,15 @@ def test_two_processes_write_what_one_writes(tmp_path, model_dir, data, whole):
 
 def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost():
     lengths = [3, 9, 4, 12, 5, 7, 2, 8, 6, 10]
-    documents = [{"input_ids": np.zeros(n, int), "labels": np.full(n, 5), "sample_id": n} for n in lengths]
+    documents = [Sample(np.zeros(n, int), np.full(n, 5), sample_id=n) for n in lengths]
     tried = []
 
     def forward(batch):
-        cells = len(batch) * max(len(document["input_ids"]) for document in batch)
+        cells = len(batch) * max(len(document.input_ids) for document in batch)
         tried.append(cells)
         if cells > 30:
             raise torch.OutOfMemoryError("too much")
-        values = torch.cat(
-            [torch.full((len(document["input_ids"]) - 1,), document["sample_id"] / 10) for document in batch]
-        )
+        values = torch.cat([torch.full((len(document.input_ids) - 1,), document.sample_id / 10) for document in batch])
         return -values, values
 
     size = BatchSize(None, torch.device("cuda"))
@@ -302,7 +302,7 @@ def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost():
     score_rows(documents, forward, size, padding_free=False)
     assert max(tried) <= 30  # it has learnt what fits
     with pytest.raises(ValueError, match="a single row of 31 tokens does not fit into memory; lower `max_length`"):
-        score_rows([{"input_ids": np.zeros(31, int), "labels": np.full(31, 5), "sample_id": 0}], forward, size, False)
+        score_rows([Sample(np.zeros(31, int), np.full(31, 5), sample_id=0)], forward, size, False)
 
 
 def test_batches_grow_on_a_gpu_while_they_fit_and_stay_where_they_are_given():

@@ -12,10 +12,11 @@ from test_trainer import COMMON, PACKED, PADDING_FREE, Recorder, losses, make_tr
 from transformers import PreTrainedTokenizerFast
 
 from qtuning_trl import QTuningSFTConfig
-from qtuning_trl.documents import pack_rows, padded_tokens, split_documents, tokens_without_checkpointing
-from qtuning_trl.host import lean_lm_head, without_checkpointing
-from qtuning_trl.score_cache import FILE_NAME, Score, ScoreCache
-from qtuning_trl.trainer import _as_rows
+from qtuning_trl.host.head import lean_lm_head
+from qtuning_trl.host.loop import without_checkpointing
+from qtuning_trl.step.micro_batches import Row, pack_rows, padded_tokens, tokens_without_checkpointing
+from qtuning_trl.step.sample import Sample, split_documents
+from qtuning_trl.step.score_cache import FILE_NAME, Score, ScoreCache
 
 
 class Work:
@@ -176,7 +177,7 @@ def test_activations_without_checkpointing_fit_into_those_with_it():
     inside = 10 * hidden + 4 * intermediate
     fitting = tokens_without_checkpointing(tokens, hidden, intermediate, layers)
     assert fitting * layers * inside <= tokens * (layers * hidden + inside) < (fitting + 1) * layers * inside
-    rows = [{"input_ids": np.zeros(n), "labels": np.zeros(n)} for n in (3, 5)]
+    rows = [Sample(np.zeros(n), np.zeros(n), sample_id=n) for n in (3, 5)]
     assert (padded_tokens(rows), padded_tokens([])) == (10, 0)
 
 
@@ -284,16 +285,17 @@ def test_a_renewed_score_is_that_of_a_scoring_forward(tmp_path, tokenizer, promp
         options |= {"packing": True, "max_length": 48}
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
     trainer.train()
-    cache = trainer._score_cache
+    cache = trainer.scorer.cache
     before = dict(cache.scores)
-    drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
+    drawn = {doc.sample_id: doc for row in trainer.train_dataset for doc in split_documents(row)}
     documents = [drawn[key] for key in list(before)[:4]]
-    rows = pack_rows(documents, 48) if packing else documents
-    batch = trainer.data_collator(_as_rows(rows, packing=False))
-    with trainer._renewed_scores(rows):
+    rows = pack_rows(documents, 48) if packing else [Row([document]) for document in documents]
+    batch = trainer.data_collator([row.as_example() for row in rows])
+    survivors = [document for row in rows for document in row.samples]
+    with trainer.scorer.renewed_scores(trainer.model, survivors, trainer.state):
         trainer.model(**batch, fused_lm_head=True)
     for document in documents:
-        key = document["sample_id"]
+        key = document.sample_id
         assert cache.scores[key] is not before[key]
         np.testing.assert_allclose(cache.scores[key].nll, before[key].nll, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(cache.scores[key].entropy, before[key].entropy, rtol=1e-4, atol=1e-5)
@@ -312,11 +314,12 @@ def test_only_the_model_that_scores_renews_scores_and_without_noise(
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)  # zero at first, so that dropout would change nothing
     trainer.train()
-    after_training = dict(trainer._score_cache.scores)
-    trainer._score_cache.scores.clear()
+    after_training = dict(trainer.scorer.cache.scores)
+    trainer.scorer.cache.scores.clear()
     documents = [document for row in trainer.train_dataset for document in split_documents(row)]
-    trainer._score([[document for document in documents if document["sample_id"] in after_training]], 64)
-    for key, score in trainer._score_cache.scores.items():
+    again = [document for document in documents if document.sample_id in after_training]
+    trainer.scorer.score(trainer.model, [again], 64, trainer.state)
+    for key, score in trainer.scorer.cache.scores.items():
         np.testing.assert_allclose(after_training[key].nll, score.nll, rtol=1e-4, atol=1e-5)
 
 
@@ -413,13 +416,13 @@ def test_a_proxy_computes_in_the_precision_of_training(tmp_path, tokenizer, prom
     options = {"budget": "25x50", "max_steps": 1, "bf16": True, "scoring_model": proxies["same"]}
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
     types = {}
-    for name, model in (("trained", trainer.model), ("proxy", trainer._proxy)):
+    for name, model in (("trained", trainer.model), ("proxy", trainer.scorer.proxy)):
         model.model.layers[0].mlp.up_proj.register_forward_hook(
             lambda _module, _inputs, output, name=name: types.update({name: output.dtype})
         )
     trainer.train()
     assert types == {"trained": torch.bfloat16, "proxy": torch.bfloat16}
-    assert trainer._proxy.config._attn_implementation == trainer.model.config._attn_implementation
+    assert trainer.scorer.proxy.config._attn_implementation == trainer.model.config._attn_implementation
 
 
 def test_a_proxy_must_know_the_same_tokens_and_exist(tmp_path, tokenizer, prompt_completion, proxies):
@@ -449,7 +452,7 @@ def test_scoring_batches_follow_what_is_trained_at_once(tmp_path, tokenizer, pro
     full = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50")
     small = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", micro_batches="small")
     own = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", scoring_batch_tokens=77)
-    assert full._scoring_batch_tokens(lengths, 40, 4) == 3 * 40  # four survivors, one micro-batch
-    assert small._scoring_batch_tokens(lengths, 40, 4) == 3 * 10
-    assert own._scoring_batch_tokens(lengths, 40, 4) == 77
+    assert full.scorer.batch_tokens(lengths, 40, 4) == 3 * 40  # four survivors, one micro-batch
+    assert small.scorer.batch_tokens(lengths, 40, 4) == 3 * 10
+    assert own.scorer.batch_tokens(lengths, 40, 4) == 77
     assert math.isclose(full.args.sample_ratio, 0.25)

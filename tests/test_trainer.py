@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
-from qtuning_trl.record import SUMMARY_NAME
+from qtuning_trl.records.run import SUMMARY_NAME
+from qtuning_trl.step.sample import split_documents
 
 COMMON = {
     "use_cpu": True,
@@ -82,7 +82,7 @@ class Recorder(TrainerCallback):
             batches, num_items = original(*args)
             self.batches.append([batch for batch in batches if batch["input_ids"].numel()])
             survivors = [document for batch in batches for document in batch.get("survivors", ())]
-            self.weights.append([document.get("weight", 1.0) for document in survivors])
+            self.weights.append([document.weight for document in survivors])
             return batches, num_items
 
         trainer.get_batch_samples = get_batch_samples
@@ -348,11 +348,11 @@ def test_scores_and_decisions_equal_those_of_naive_full_logits(tmp_path, tokeniz
     trainer.train()
     pool = trainer.last_pool
     model = tiny_llama().eval()  # the weights the first step is scored with
-    drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
-    protected = torch.tensor(sorted(trainer._protected_ids))
+    drawn = {doc.sample_id: doc for row in trainer.train_dataset for doc in split_documents(row)}
+    protected = torch.tensor(sorted(trainer.selector.protected_ids))
     perplexities, entropies, kept_rows = [], [], []
     for sample_id in pool["sample_id"]:
-        ids, labels = (torch.from_numpy(drawn[sample_id][name]) for name in ("input_ids", "labels"))
+        ids, labels = (torch.from_numpy(getattr(drawn[sample_id], name)) for name in ("input_ids", "labels"))
         answer = labels[1:] != -100
         with torch.no_grad():
             log_probs = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
@@ -371,10 +371,10 @@ def test_scores_and_decisions_equal_those_of_naive_full_logits(tmp_path, tokeniz
     expected = []
     for index in selection.keep.nonzero().flatten().tolist():
         document = drawn[pool["sample_id"][index]]
-        labels = kept_rows[index] if selection.prune_tokens[index] else document["labels"].tolist()
-        expected.append((document["input_ids"].tolist(), labels))
+        labels = kept_rows[index] if selection.prune_tokens[index] else document.labels.tolist()
+        expected.append((document.input_ids.tolist(), labels))
     trained = [
-        (doc["input_ids"].tolist(), doc["labels"].tolist())
+        (doc.input_ids.tolist(), doc.labels.tolist())
         for batch in seen.batches[0]
         for row in rows_of(batch)
         for doc in split_documents(row)
@@ -475,7 +475,7 @@ def test_metrics_are_logged_under_qtuning(tmp_path, tokenizer, prompt_completion
     entry = trainer.state.log_history[0]
     expected = {
         "pool_samples", "kept_samples", "pool_answer_tokens", "kept_answer_tokens", "q1", "q2", "q3", "q4", "between",
-        "filled", "trimmed", "unscorable_samples", "scored_samples", "stale_scores", "stale_share",
+        "filled", *(f"filled_{name}" for name in ("q1", "q2", "q3", "q4", "between")), "trimmed", "unscorable_samples", "scored_samples", "stale_scores", "stale_share",
         "perplexity_low", "perplexity_high", "entropy_low", "entropy_high", "pool_nll", "pool_entropy",
         "seconds_selecting", "seconds_training",
     }  # fmt: skip

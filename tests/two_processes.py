@@ -75,7 +75,7 @@ def reuse_scores(output: Path, tokenizer, dataset) -> None:
         trainer = make_trainer(output / "reuse", tokenizer, dataset, dropout=0.0, **options)
         trainer.train(resume_from_checkpoint=path)
         weights.append([p.detach().clone() for p in trainer.model.parameters()])
-        facts = {"known": sorted(trainer._score_cache.scores), "stale": trainer.summary()["stale_scores"]}
+        facts = {"known": sorted(trainer.scorer.cache.scores), "stale": trainer.summary()["stale_scores"]}
     facts["equal"] = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     (output / f"reuse_{trainer.args.process_index}.json").write_text(json.dumps(facts))
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..plots import plot_eu_plane
-from ..record import SUMMARY_NAME, THRESHOLDS
+from ..records.run import SUMMARY_NAME, THRESHOLDS
+from ..report.plots import plot_eu_plane
 from .arithmetic import KINDS, final_answer, operands, right_answer, worked_sum
 
 if TYPE_CHECKING:

@@ -18,6 +18,8 @@ from .tokens import Answers
 
 __all__ = ["Answers", "Pool", "register_sample_pruner", "register_token_pruner", "sample_pruner", "token_pruner"]
 
+Prune = Callable[[Any], Any]
+
 
 @dataclass(frozen=True)
 class Pruner:
@@ -31,7 +33,7 @@ class Pruner:
         needs (`tuple[str, ...]`): See `SAMPLE_NEEDS` and `TOKEN_NEEDS`.
     """
 
-    prune: Callable[[Any], Any]
+    prune: Prune
     needs: tuple[str, ...] = ()
 
 
@@ -87,7 +89,7 @@ _EARLIER_NAMES = {
 }
 
 
-def register_sample_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+def register_sample_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Prune], Prune]:
     """
     Add a sample pruner, so that `sample_pruner` can name it.
 
@@ -112,7 +114,7 @@ def register_sample_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Ca
     return _registration("sample", _SAMPLE_PRUNERS, SAMPLE_NEEDS, name, needs)
 
 
-def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Prune], Prune]:
     """
     Add a token pruner, so that `token_pruner` can name it.
 
@@ -150,7 +152,7 @@ def token_pruner(name: str) -> Pruner:
 
 def _registration(
     stage: str, pruners: dict[str, Pruner], known: dict[str, str], name: str, needs: Sequence[str]
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Prune], Prune]:
     if name in {*pruners, *_EARLIER_NAMES[stage]}:
         raise ValueError(f"There is a {stage} pruner {name!r} already: register yours by another name.")
     unknown = [need for need in needs if need not in known]
@@ -159,7 +161,7 @@ def _registration(
             f"The {stage} pruner {name!r} needs {unknown[0]!r}: choose of {', '.join(map(repr, known))}, or nothing."
         )
 
-    def register(prune: Callable) -> Callable:
+    def register(prune: Prune) -> Prune:
         pruners[name] = Pruner(prune, tuple(needs))
         return prune
 

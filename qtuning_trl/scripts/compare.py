@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
-from ..compare import (
+from ..studies.compare import (
     FAILURE_NAME,
     RECIPE_NAME,
     RESULT_NAME,

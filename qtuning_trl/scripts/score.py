@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,20 @@ from trl import DatasetMixtureConfig, ModelConfig
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split
-from ..dataset_scoring import (
-    COLUMNS,
-    FORMATS,
+from ..recipes import Parsed, RecipeParser
+from ..step.sample import SAMPLE_ID, number_rows
+from ..studies.dataset_scoring import (
     BatchSize,
     Decisions,
     PartialScores,
     TokenPruning,
     fingerprint,
-    finished_rows,
-    output_features,
     refuse_foreign_folder,
     scorable_rows,
     score_rows,
     select_rows,
-    write_rows,
 )
-from ..documents import SAMPLE_ID, number_rows
-from ..recipes import Parsed, RecipeParser
+from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, output_features, write_rows
 from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files
 
 if TYPE_CHECKING:
@@ -275,11 +272,12 @@ class DatasetScorer:
         Raises:
             `FloatingPointError`: If a score is NaN or infinite.
         """
-        from ..host import lean_scoring
+        from ..host.modes import lean_scoring
 
         trainer, accelerator = self.trainer, self.trainer.accelerator
         size = BatchSize(self.args.scoring_batch_tokens, self.args.device)
-        flat = trainer._scoring_collator.padding_free
+        flat = trainer.scorer.collator.padding_free
+        forward = partial(trainer.scorer.forward, trainer.model)
         missing = self.partial.missing(self.parts)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         rows = sum(self._rows(part).stop - self._rows(part).start for part in mine)
@@ -290,7 +288,7 @@ class DatasetScorer:
         ):
             for part in mine:
                 documents = scorable_rows(self.prepared, self._rows(part))
-                scores = score_rows(documents, trainer._forward_documents, size, flat, advance)
+                scores = score_rows(documents, forward, size, flat, advance)
                 self.partial.write(part, scores)
         accelerator.wait_for_everyone()
 
@@ -322,7 +320,7 @@ class DatasetScorer:
             self.args.token_ratio,
             self.args.neighbor_weight,
             drop=self.args.token_pruning == "drop",
-            protected_ids=self.trainer._protected_ids,
+            protected_ids=self.trainer.selector.protected_ids,
         )
         start = 0
         for part in range(self.parts):
@@ -386,14 +384,14 @@ def build_trainer(
     from transformers import set_seed
     from trl import get_quantization_config
 
-    from ..host import load_scored_model
+    from ..host.loading import load_processing_class, load_scored_model
     from ..trainer import QTuningSFTTrainer
 
     set_seed(training_args.seed)
     name = find_model(model_args, training_args)
     init_kwargs = model_init_kwargs(model_args, training_args)
     training_args.model_init_kwargs = init_kwargs
-    processing_class = QTuningSFTTrainer._load_processing_class(name, training_args)
+    processing_class = load_processing_class(name, training_args)
     training_args.model_init_kwargs = None  # the model is loaded here
     quantization = get_quantization_config(model_args)
     trainer = QTuningSFTTrainer(

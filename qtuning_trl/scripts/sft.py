@@ -215,7 +215,7 @@ def _mapped(
 
 def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
     """Train, save, write the model card, and say where everything is; around the demo's data goes its report."""
-    from ..record import SUMMARY_NAME
+    from ..records.run import SUMMARY_NAME
 
     args = trainer.args
     output_dir = str(args.output_dir)

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 import qtuning_trl
 from qtuning_trl import QTuningSFTTrainer, demo
 from qtuning_trl.demo.report import accuracy
-from qtuning_trl.record import versions
+from qtuning_trl.records.run import versions
 from qtuning_trl.scripts.sft import build_trainer, parse
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
@@ -39,11 +39,12 @@ class ComparingTrainer(QTuningSFTTrainer):
     survivors = 0
 
     def _prune_pool(self, groups, batch_tokens):
-        own = self._score_cache, self._proxy, self.args.scored_share
-        self._score_cache, self._proxy, self.args.scored_share = None, None, 1.0
+        scorer = self.scorer
+        own = scorer.cache, scorer.proxy, self.args.scored_share
+        scorer.cache, scorer.proxy, self.args.scored_share = None, None, 1.0
         super()._prune_pool(groups, batch_tokens)
         exact = self._kept()
-        self._score_cache, self._proxy, self.args.scored_share = own
+        scorer.cache, scorer.proxy, self.args.scored_share = own
         result = super()._prune_pool(groups, batch_tokens)
         self.survivors += len(self._kept())
         self.disagreements += len(self._kept() - exact)

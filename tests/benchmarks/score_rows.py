@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from qtuning_trl.record import versions
+from qtuning_trl.records.run import versions
 
 PHASES = ("preparing", "scoring", "writing")
 

@@ -25,8 +25,8 @@ from step_time import MODELS, VOCABULARY, PeakMemory, make_model, make_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
-from qtuning_trl.record import synchronize, versions
+from qtuning_trl.records.run import synchronize, versions
+from qtuning_trl.step.sample import split_documents
 
 
 def make_rows(rows: int, longest: int) -> Dataset:
@@ -44,9 +44,9 @@ def make_rows(rows: int, longest: int) -> Dataset:
 def naive(model: torch.nn.Module, documents: list, batch: int) -> None:
     for start in range(0, len(documents), batch):
         rows = documents[start : start + batch]
-        ids = pad_sequence([torch.from_numpy(row["input_ids"]) for row in rows], batch_first=True)
-        mask = pad_sequence([torch.ones(len(row["input_ids"])) for row in rows], batch_first=True)
-        labels = pad_sequence([torch.from_numpy(row["labels"]) for row in rows], batch_first=True, padding_value=-100)
+        ids = pad_sequence([torch.from_numpy(row.input_ids) for row in rows], batch_first=True)
+        mask = pad_sequence([torch.ones(len(row.input_ids)) for row in rows], batch_first=True)
+        labels = pad_sequence([torch.from_numpy(row.labels) for row in rows], batch_first=True, padding_value=-100)
         ids, mask, labels = (tensor.to(model.device) for tensor in (ids, mask, labels))
         log_probs = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
         nll = -log_probs.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)
@@ -73,11 +73,14 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
         peft_config=lora,
     )
     documents = [document for row in dataset for document in split_documents(row)]
-    lengths = [len(document["input_ids"]) for document in documents]
-    tokens = trainer._scoring_batch_tokens(lengths, options.batch * max(lengths), options.pool // options.batch)
+    lengths = [len(document.input_ids) for document in documents]
+    tokens = trainer.scorer.batch_tokens(lengths, options.batch * max(lengths), options.pool // options.batch)
     trainer.model.eval()
     warm_up = documents[:1]
-    naive(trainer.model, warm_up, 1) if arm == "naive" else trainer._score([warm_up], tokens)
+    if arm == "naive":
+        naive(trainer.model, warm_up, 1)
+    else:
+        trainer.scorer.score(trainer.model, [warm_up], tokens, trainer.state)
     memory = None if on_gpu else PeakMemory()
     if memory is None:
         torch.cuda.reset_peak_memory_stats()
@@ -86,7 +89,10 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
         memory.start()
     synchronize()
     start = time.perf_counter()
-    naive(trainer.model, documents, options.batch) if arm == "naive" else trainer._score([documents], tokens)
+    if arm == "naive":
+        naive(trainer.model, documents, options.batch)
+    else:
+        trainer.scorer.score(trainer.model, [documents], tokens, trainer.state)
     synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - before if memory is None else memory.stop()

@@ -46,7 +46,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.record import PHASES, StepCounts, synchronize, versions
+from qtuning_trl.records.run import PHASES, StepCounts, synchronize, versions
 
 VOCABULARY = 49152
 MODELS: dict[str, dict[str, Any]] = {

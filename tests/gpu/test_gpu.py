@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
-from qtuning_trl.documents import split_documents
-from qtuning_trl.record import SUMMARY_NAME
+from qtuning_trl.records.run import SUMMARY_NAME
+from qtuning_trl.step.sample import split_documents
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,11 +41,13 @@ def test_scores_equal_those_of_full_logits(tmp_path, tokenizer, prompt_completio
     trainer = QTuningSFTTrainer(tiny_llama(), args, train_dataset=prompt_completion, processing_class=tokenizer)
     trainer.train()
     model = tiny_llama().to(trainer.model.device).eval()
-    drawn = {doc["sample_id"]: doc for row in trainer.train_dataset for doc in split_documents(row)}
+    drawn = {doc.sample_id: doc for row in trainer.train_dataset for doc in split_documents(row)}
     for sample_id, perplexity, entropy in zip(
         *(trainer.last_pool[name] for name in ("sample_id", "perplexity", "entropy")), strict=True
     ):
-        ids, labels = (torch.from_numpy(drawn[sample_id][name]).to(model.device) for name in ("input_ids", "labels"))
+        ids, labels = (
+            torch.from_numpy(getattr(drawn[sample_id], name)).to(model.device) for name in ("input_ids", "labels")
+        )
         answer = labels[1:] != -100
         with torch.no_grad():
             log_probs = model(ids[None]).logits[0, :-1].double().log_softmax(-1)[answer]

@@ -61,7 +61,6 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     if lengths == {0}:
         raise ValueError("The pool is empty: plot after a step that selected, with a budget below 100x100.")
     figure = _new_figure(5.2)
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     axes = figure.add_subplot()
@@ -71,30 +70,9 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     axes.yaxis.set_major_locator(FixedLocator(PERPLEXITY_TICKS))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    entropy = [max(value, NATS_FLOOR) for value in pool["entropy"]]
-    perplexity = [max(value, math.exp(NATS_FLOOR)) for value in pool["perplexity"]]
 
     colours = _colours(pool, color_by)
-    for value, (_, colour) in colours.items():
-        for kept, filled in ((False, False), (True, False), (True, True)):
-            rows = [
-                index
-                for index in range(len(pool["kept"]))
-                if (pool[color_by][index], bool(pool["kept"][index])) == (value, kept)
-                and (bool(pool["filled"][index]) == filled or not kept)
-            ]
-            axes.scatter(
-                [entropy[index] for index in rows],
-                [perplexity[index] for index in rows],
-                s=30,
-                marker="D" if filled else "o",
-                facecolors=colour if kept else "none",
-                edgecolors=colour,
-                linewidths=1.0,
-                alpha=0.9 if kept else 0.7,
-                zorder=3 if kept else 2,
-            )
-
+    _draw_samples(axes, pool, color_by, colours)
     line: dict[str, Any] = {"color": "#444444", "linewidth": 0.9, "linestyle": "--", "zorder": 1}
     for name in ("perplexity_low", "perplexity_high"):
         axes.axhline(max(pool["thresholds"][name], math.exp(NATS_FLOOR)), **line)
@@ -119,6 +97,36 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     axes.set_ylabel("error: perplexity of the answer (log scale of the loss)")
     kept_count = sum(map(bool, pool["kept"]))
     axes.set_title(f"Error-Uncertainty plane: {kept_count} of {len(pool['kept'])} candidates kept")
+    _draw_legend(figure, colours)
+    return figure
+
+
+def _draw_samples(axes: Any, pool: dict[str, Any], color_by: str, colours: dict[Any, tuple[str, str]]) -> None:
+    entropy = [max(value, NATS_FLOOR) for value in pool["entropy"]]
+    perplexity = [max(value, math.exp(NATS_FLOOR)) for value in pool["perplexity"]]
+    for value, (_, colour) in colours.items():
+        for kept, filled in ((False, False), (True, False), (True, True)):
+            rows = [
+                index
+                for index in range(len(pool["kept"]))
+                if (pool[color_by][index], bool(pool["kept"][index])) == (value, kept)
+                and (bool(pool["filled"][index]) == filled or not kept)
+            ]
+            axes.scatter(
+                [entropy[index] for index in rows],
+                [perplexity[index] for index in rows],
+                s=30,
+                marker="D" if filled else "o",
+                facecolors=colour if kept else "none",
+                edgecolors=colour,
+                linewidths=1.0,
+                alpha=0.9 if kept else 0.7,
+                zorder=3 if kept else 2,
+            )
+
+
+def _draw_legend(figure: "Figure", colours: dict[Any, tuple[str, str]]) -> None:
+    from matplotlib.lines import Line2D
 
     grey: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "#444444"}
     entries = [
@@ -131,7 +139,6 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
         Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label="thresholds"),
     ]
     figure.legend(handles=entries, loc="outside right upper", frameon=False, fontsize=9)
-    return figure
 
 
 def plot_shares(steps: Any) -> "Figure":

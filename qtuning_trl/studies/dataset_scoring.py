@@ -2,15 +2,14 @@
 Scoring a whole data set without training, in memory that does not grow with it: the parts of `qtuning score`.
 
 In the order of a run: a part of the rows goes through the model ([`score_rows`]) and is saved ([`PartialScores`]); when
-all parts are there, stage 1 runs over two numbers a row ([`select_rows`]), stage 2 row by row ([`finished_rows`]), and
-the result is written ([`write_rows`]).
+all parts are there, stage 1 runs over two numbers a row ([`select_rows`]), and stage 2 row by row ([`TokenPruning`]).
+The result is put together in `scored_data.py`.
 """
 
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,40 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from torch import Tensor
 
-from .documents import (
+from ..method import sample_statistics, select_samples, token_keep_mask, token_scores
+from ..step.sample import (
     SAMPLE_ID,
-    Document,
+    Sample,
     answer_lengths,
     answer_mask,
     protected_mask,
     prune_document,
     split_documents,
 )
-from .method import sample_statistics, select_samples, token_keep_mask, token_scores
-from .scoring import score_documents, scoring_batches
+from ..step.scoring import score_documents, scoring_batches
 
 # Tokens scored at once where nothing else is said: on a CPU, and on a GPU to begin with.
 CPU_TOKENS = 4096
 GPU_TOKENS = 16384
 
-TOKEN_COLUMNS = {
-    "input_ids": List(Value("int32")),
-    "attention_mask": List(Value("int8")),
-    "labels": List(Value("int32")),
-}
-SCORE_COLUMNS = {
-    "perplexity": Value("float64"),
-    "entropy": Value("float64"),
-    "quadrant": Value("int8"),
-    "keep": Value("bool"),
-}
-COLUMNS = ("all", "tokens", "original")
-FORMATS = ("parquet", "jsonl", "dataset")
-
-Forward = Callable[[list[Document]], tuple[Tensor, Tensor]]
+Forward = Callable[[list[Sample]], tuple[Tensor, Tensor]]
 
 
 # The forward pass
@@ -86,7 +71,7 @@ class BatchSize:
                 if self.tokens != tokens:
                     break
 
-    def run(self, forward: Forward, documents: list[Document]) -> tuple[Tensor, Tensor]:
+    def run(self, forward: Forward, documents: list[Sample]) -> tuple[Tensor, Tensor]:
         """
         `forward(documents)`, in halves if they do not fit.
 
@@ -96,7 +81,7 @@ class BatchSize:
         try:
             return forward(documents)
         except torch.OutOfMemoryError:
-            longest = max(len(document["input_ids"]) for document in documents)
+            longest = max(len(document.input_ids) for document in documents)
         # Only here, where the failed forward's tensors are gone with its traceback.
         torch.cuda.empty_cache()
         if len(documents) == 1:
@@ -112,7 +97,7 @@ class BatchSize:
 
 
 def score_rows(
-    documents: list[Document],
+    documents: list[Sample],
     forward: Forward,
     size: BatchSize,
     padding_free: bool,
@@ -122,7 +107,7 @@ def score_rows(
     Scores of a part of the rows.
 
     Args:
-        documents (`list[Document]`): Rows, each with at least one answer token.
+        documents (`list[Sample]`): Rows, each with at least one answer token.
         forward (`Callable`): As of [`score_documents`].
         size ([`BatchSize`]): How many tokens to score at once.
         padding_free (`bool`): Whether a batch is flattened, so that padding costs nothing.
@@ -135,12 +120,12 @@ def score_rows(
         `FloatingPointError`: If a score is NaN or infinite.
     """
 
-    def run(batch: list[Document]) -> tuple[Tensor, Tensor]:
+    def run(batch: list[Sample]) -> tuple[Tensor, Tensor]:
         values = size.run(forward, batch)
         on_scored(len(batch))
         return values
 
-    batches = size.batches([len(document["input_ids"]) for document in documents], padding_free)
+    batches = size.batches([len(document.input_ids) for document in documents], padding_free)
     values = score_documents(documents, answer_mask(documents), batches, run)
     perplexity, entropy = sample_statistics(values.nll, values.entropy, values.answer_mask)
     broken = ~(perplexity.isfinite() & entropy.isfinite())
@@ -151,7 +136,7 @@ def score_rows(
         )
     return pa.table(
         {
-            "row": pa.array([document[SAMPLE_ID] for document in documents], pa.int64()),
+            "row": pa.array([document.sample_id for document in documents], pa.int64()),
             "perplexity": perplexity.numpy(),
             "entropy": entropy.numpy(),
             "nll": pa.array([values.row(index)[0] for index in range(len(documents))], pa.list_(pa.float32())),
@@ -159,11 +144,11 @@ def score_rows(
     )
 
 
-def _first(documents: list[Document], chosen: Tensor) -> int:
-    return documents[int(chosen.nonzero()[0])][SAMPLE_ID]
+def _first(documents: list[Sample], chosen: Tensor) -> int:
+    return documents[int(chosen.nonzero()[0])].sample_id
 
 
-def scorable_rows(prepared: Dataset, rows: slice) -> list[Document]:
+def scorable_rows(prepared: Dataset, rows: slice) -> list[Sample]:
     """Rows of a prepared training set as documents, without those that have no answer token."""
     part = prepared[rows]
     columns = (part["input_ids"], part["labels"], part[SAMPLE_ID])
@@ -339,7 +324,7 @@ class TokenPruning:
     drop: bool
     protected_ids: set[int]
 
-    def apply(self, documents: list[Document], nll: list[np.ndarray]) -> list[Document]:
+    def apply(self, documents: list[Sample], nll: list[np.ndarray]) -> list[Sample]:
         """Documents without their pruned tokens; `nll` holds that of each document's answer tokens, in nats."""
         if not documents or self.token_ratio == 1.0:
             return documents
@@ -350,119 +335,3 @@ class TokenPruning:
         protected = protected_mask(documents, self.protected_ids, mask.shape)
         keep = token_keep_mask(scores, mask, self.token_ratio, protected).numpy()
         return [prune_document(doc, row, self.drop) for doc, row in zip(documents, keep, strict=True)]
-
-
-# The result
-
-
-def own_columns(own: Features, columns: str) -> list[str]:
-    """Columns of the data set that the result takes over: by default all that are not replaced."""
-    if columns == "all":
-        return [name for name in own if name not in {**SCORE_COLUMNS, **TOKEN_COLUMNS}]
-    return list(own) if columns == "original" else []
-
-
-def output_features(own: Features, columns: str) -> Features:
-    """
-    Columns of the result and their types.
-
-    Args:
-        own (`Features`): The data set's.
-        columns (`str`): `"all"` (the data set's own, `sample_id`, those of the scores, those that are trained on),
-            `"tokens"` (those that are trained on) or `"original"` (the data set's own).
-    """
-    added: dict[str, Any] = {}
-    if columns == "all":
-        added = {**({} if SAMPLE_ID in own else {SAMPLE_ID: Value("int64")}), **SCORE_COLUMNS}
-    if columns != "original":
-        added |= TOKEN_COLUMNS
-    return Features({**{name: own[name] for name in own_columns(own, columns)}, **added})
-
-
-def finished_rows(
-    documents: list[Document],
-    scores: pa.Table,
-    decisions: Decisions,
-    pruning: TokenPruning,
-    original: Dataset,
-    columns: str,
-    kept_only: bool,
-) -> pa.Table:
-    """
-    Rows of the result, those of one part.
-
-    Args:
-        documents (`list[Document]`): The part's rows that have an answer token.
-        scores (`pa.Table`): Their scores.
-        decisions ([`Decisions`]): Theirs.
-        pruning ([`TokenPruning`]): Stage 2, for those whose tokens are pruned.
-        original (`Dataset`): The data set, whose row numbers are the documents' sample ids.
-        columns (`str`): As of [`output_features`].
-        kept_only (`bool`): Leave out rows that are not kept.
-    """
-    pruned = np.flatnonzero(decisions.prune_tokens).tolist()
-    nll = scores.column("nll").take(pa.array(pruned, pa.int64()))
-    shortened = pruning.apply(
-        [documents[index] for index in pruned], [np.asarray(row.as_py(), np.float32) for row in nll]
-    )
-    documents = list(documents)
-    for index, document in zip(pruned, shortened, strict=True):
-        documents[index] = document
-
-    chosen = np.flatnonzero(decisions.keep) if kept_only else np.arange(len(documents))
-    documents = [documents[index] for index in chosen]
-    rows = [document[SAMPLE_ID] for document in documents]
-    ids = [document["input_ids"] for document in documents]
-    values: dict[str, Any] = {
-        SAMPLE_ID: rows,
-        **{name: scores.column(name).take(pa.array(chosen)) for name in ("perplexity", "entropy")},
-        "quadrant": decisions.quadrant[chosen],
-        "keep": decisions.keep[chosen],
-        "input_ids": ids,
-        "attention_mask": [np.ones(len(row), np.int8) for row in ids],
-        "labels": [document["labels"] for document in documents],
-    }
-    taken = own_columns(original.features, columns)
-    if taken:
-        own = original.select_columns(taken).with_format("arrow")[rows]
-        values |= {name: own.column(name) for name in taken}
-    schema = output_features(original.features, columns).arrow_schema
-    arrays = [_as_array(values[name], schema.field(name).type) for name in schema.names]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _as_array(values: Any, kind: pa.DataType) -> Any:
-    return values.cast(kind) if isinstance(values, pa.ChunkedArray) else pa.array(values, kind)
-
-
-def write_rows(tables: Iterable[pa.Table], features: Features, output: Path, form: str, scratch: Path) -> Dataset:
-    """
-    Write the result, by way of one file of Arrow record batches, which every format is then made from piece by piece.
-
-    Args:
-        tables (`Iterable[pa.Table]`): Rows of the result, part by part.
-        features (`Features`): Their columns.
-        output (`Path`): A file, or a folder; it appears when it is complete.
-        form (`str`): `"parquet"`, `"jsonl"` or `"dataset"` (`Dataset.save_to_disk`).
-        scratch (`Path`): Folder for files that are not complete, on the same disk.
-
-    Returns:
-        `Dataset`: The result, mapped from `scratch`.
-    """
-    rows_file, result = scratch / "rows.arrow", scratch / "result"
-    if result.is_dir():  # of a run that was killed here
-        shutil.rmtree(result)
-    with pa.OSFile(str(rows_file), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
-        for table in tables:
-            # One record batch, and not one of each row: that is how rows come that were gathered by their numbers.
-            writer.write_table(table.combine_chunks())
-    dataset = Dataset.from_file(str(rows_file))
-    if form == "dataset":
-        dataset.save_to_disk(result)
-    elif form == "parquet":
-        dataset.to_parquet(result)
-    else:
-        dataset.to_json(result, lines=True, double_precision=15)  # 10 by default
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(result, output)
-    return dataset

@@ -6,17 +6,17 @@ Leans on how transformers' callbacks keep their writer and their bar (`TensorBoa
 real.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import CallbackHandler
 
+from ..records.run import RunRecord
 from .plots import plot_eu_plane
-
-if TYPE_CHECKING:
-    from .trainer import QTuningSFTTrainer
 
 IMAGE_NAME = "qtuning/eu_plane"
 # Drawing takes about a third of a second: seldom enough that no run feels it.
@@ -28,26 +28,31 @@ class PlaneLogger(TrainerCallback):
     Sends the EU plane of the latest pool to TensorBoard, trackio and W&B, whichever `report_to` names.
 
     At the first log, at every tenth one after it, and at the last step. Without matplotlib nothing is sent.
+
+    Args:
+        pool (`Callable`): Returns the latest pool, if there is one, as [`plot_eu_plane`] takes it.
+        handler (`CallbackHandler`): Of the trainer; it knows the trackers.
     """
 
-    def __init__(self, trainer: "QTuningSFTTrainer"):
-        self.trainer = trainer
+    def __init__(self, pool: Callable[[], dict[str, Any] | None], handler: CallbackHandler):
+        self.pool, self.handler = pool, handler
         self.logs = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.logs = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.trainer.last_pool is None or "loss" not in (logs or {}):
+        pool = self.pool()
+        if not state.is_world_process_zero or pool is None or "loss" not in (logs or {}):
             return
         due = self.logs % LOGS_PER_IMAGE == 0 or state.global_step >= state.max_steps
         self.logs += 1
         trackers = (TensorBoardCallback, TrackioCallback, WandbCallback)
-        named = [cb for cb in self.trainer.callback_handler.callbacks if isinstance(cb, trackers)]
+        named = [cb for cb in self.handler.callbacks if isinstance(cb, trackers)]
         if not due or not named:
             return
         try:
-            image = _draw(self.trainer.last_pool, "quadrant" if args.group_column is None else "group")
+            image = _draw(pool, "quadrant" if args.group_column is None else "group")
         except ImportError:
             return
         for callback in named:
@@ -78,11 +83,15 @@ class SelectionProgress(ProgressCallback):
     """
     transformers' progress bar, which also shows how many of the latest pool were kept and the share of time that
     selecting took so far; silent where the output is no terminal.
+
+    Args:
+        record (`Callable`): Returns the run's counts and seconds.
+        **kwargs: Arguments of [`~transformers.ProgressCallback`].
     """
 
-    def __init__(self, trainer: "QTuningSFTTrainer", **kwargs: Any):
+    def __init__(self, record: Callable[[], RunRecord], **kwargs: Any):
         super().__init__(**kwargs)
-        self.trainer = trainer
+        self.record = record
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -90,7 +99,7 @@ class SelectionProgress(ProgressCallback):
         self.current_step = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        record = self.trainer.run_record
+        record = self.record()
         if self.training_bar is not None and record.last_step:
             seconds, step = record.totals["seconds"], record.last_step
             selecting = 1 - seconds["training"] / max(sum(seconds.values()), 1e-9)
@@ -100,9 +109,9 @@ class SelectionProgress(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
 
-def show_progress(trainer: "QTuningSFTTrainer") -> None:
+def show_progress(handler: CallbackHandler, record: Callable[[], RunRecord]) -> None:
     """Put [`SelectionProgress`] in the place of transformers' bar, unless tqdm is disabled or a notebook draws it."""
-    plain = [cb for cb in trainer.callback_handler.callbacks if type(cb) is ProgressCallback]
+    plain = [cb for cb in handler.callbacks if type(cb) is ProgressCallback]
     for callback in plain:
-        trainer.remove_callback(callback)
-        trainer.add_callback(SelectionProgress(trainer, max_str_len=callback.max_str_len))
+        handler.remove_callback(callback)
+        handler.add_callback(SelectionProgress(record, max_str_len=callback.max_str_len))

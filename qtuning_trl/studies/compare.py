@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from scipy import stats
 
-from . import pruners
+from .. import pruners
 
 RESULT_NAME = "result.json"
 FAILURE_NAME = "failure.txt"

@@ -1,9 +1,14 @@
 """Amortised scoring: scores that are used again in later steps, kept by sample id, saved with each checkpoint."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 FILE_NAME = "qtuning_scores.npz"
 
@@ -115,3 +120,25 @@ class ScoreCache:
                 for sample_id, step, epoch, (start, end) in zip(*columns, spans, strict=True)
             }
         return True
+
+
+class ScoreKeeper(TrainerCallback):
+    """Counts the epochs, tells all processes what each has scored, and saves the scores with each checkpoint."""
+
+    def __init__(self, cache: ScoreCache):
+        self.cache = cache
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.cache.epoch = math.floor((state.epoch or 0.0) + 1e-9) - 1
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Counted here: of a stream, whose length is unknown, `state.epoch` tells a new epoch after its first step only.
+        self.cache.epoch += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.cache.take_in(gather_object([self.cache.news]) if args.world_size > 1 else [])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            self.cache.save(folder)

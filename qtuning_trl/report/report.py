@@ -5,7 +5,6 @@
 (plotly's script too) and fetches nothing. Dataset text travels as JSON and is put on the page as text, never as HTML.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from .cli import EPILOG
+from ..records.run import PHASES, QUADRANTS, THRESHOLDS
+from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
-from .record import PHASES, QUADRANTS, THRESHOLDS
-from .sample_record import KEPT_MASK, SAMPLE_ID, RecordReader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -391,24 +389,3 @@ def _write_pictures(readers: Sequence[RecordReader], data: dict[str, Any], outpu
         files.append(output.with_name(f"{output.stem}_{name}.png"))
         figure.savefig(files[-1], dpi=150)
     return files
-
-
-# Command
-
-
-def main(argv: Sequence[str]) -> int:
-    """`qtuning report`: write the report and say where it is; raises what [`write_report`] raises."""
-    parser = argparse.ArgumentParser(
-        prog="qtuning report",
-        description="Show what runs kept and dropped, in one HTML file. A run may still be going, or have crashed.",
-        epilog=EPILOG,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run; several are laid side by side")
-    parser.add_argument("--output", metavar="FILE", help=f"the HTML file (default: {DEFAULT_NAME} in the first RUN)")
-    parser.add_argument(
-        "--color_by", metavar="COLUMN", help="colour points by `quadrant` (default) or by the runs' `group_column`"
-    )
-    parser.add_argument("--png", action="store_true", help="write the main pictures as PNG, too")
-    options = parser.parse_args(list(argv))
-    print("\n".join(map(str, write_report(options.runs, options.output, options.color_by, options.png))))
-    return 0

@@ -1,5 +1,6 @@
-"""What a run counted and how long it took: the logged metrics, `qtuning_summary.json` and the model card's facts."""
+"""What a run counted and how long it took: the logged metrics and `qtuning_summary.json`."""
 
+import json
 import resource
 import sys
 import time
@@ -8,13 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .method import SampleSelection
+from ..config import QTuningSFTConfig
+from ..method import SampleSelection
+from ..step.sample import Sample, answer_lengths
+
+if TYPE_CHECKING:
+    from ..step.scoring import ScoredPool
+    from ..step.selection import Group, Selection
 
 SUMMARY_NAME = "qtuning_summary.json"
 PHASES = ("scoring", "selection", "collation", "training")
@@ -135,6 +144,71 @@ class StepCounts:
         return metrics
 
 
+def count_step(
+    args: QTuningSFTConfig,
+    groups: list[list[Sample]],
+    candidates: list[list[Sample]],
+    pool: "ScoredPool",
+    selection: "Selection",
+) -> StepCounts:
+    """The counts of a step on this process: drawn `groups`, their `candidates`, those with a score, what was left."""
+    step = StepCounts(scored=pool.values is not None)
+    if pool.values is not None:
+        step.nll, step.entropy = float(pool.values.nll.sum()), float(pool.values.entropy.sum())
+        step.scored_tokens = int(pool.values.answer_mask.sum())
+        step.counts["stale_scores"] = pool.stale
+        step.counts["scored_samples"] = sum(map(len, pool.groups)) - pool.stale
+    elif "scores" in args.token_needs:
+        step.counts["scored_samples"] = len(selection.survivors)
+    step.counts["pool_samples"] = sum(map(len, candidates))
+    step.counts["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))
+    step.counts["pool_answer_tokens"] = sum(sum(answer_lengths(group)) for group in candidates)
+    step.counts["kept_answer_tokens"] = sum(answer_lengths(selection.survivors))
+    for group in selection.groups:
+        step.add_selection(group.decided)
+    if args.group_column is not None:
+        step.add_groups([sample.group for group in candidates for sample in group], "candidates")
+        step.add_groups([sample.group for sample in selection.survivors], "kept")
+    return step
+
+
+def count_unpruned_step(batches: list[dict[str, Any]]) -> StepCounts:
+    """The counts of a step of TRL's own, which keeps everything."""
+    step = StepCounts(scored=False)
+    for batch in batches:
+        samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["labels"])
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        for name in ("pool", "kept"):
+            step.counts[f"{name}_samples"] += samples
+            step.counts[f"{name}_answer_tokens"] += tokens
+    return step
+
+
+def pool_columns(selection: "Selection") -> dict[str, Any] | None:
+    """The scored candidates of a step, as `plot_eu_plane` takes them; the thresholds are those of the latest group."""
+    pool: dict[str, Any] = {}
+    for group in selection.groups:
+        if group.perplexity is not None:
+            columns = {**group_columns(group), "filled": group.decided.filled.tolist()}
+            pool = {name: [*pool.get(name, []), *column] for name, column in columns.items()}
+            pool["thresholds"] = {name: getattr(group.decided, name) for name in THRESHOLDS}
+    return pool or None
+
+
+def group_columns(group: "Group") -> dict[str, list[Any]]:
+    """Scored candidates that were compared with each other, and what was decided about each."""
+    assert group.perplexity is not None
+    assert group.entropy is not None
+    return {
+        "sample_id": [sample.sample_id for sample in group.samples],
+        "perplexity": group.perplexity.tolist(),
+        "entropy": group.entropy.tolist(),
+        "quadrant": group.decided.quadrant.tolist(),
+        "kept": group.decided.keep.tolist(),
+        "group": [sample.group for sample in group.samples],
+    }
+
+
 def add_to_groups(total: dict[str, dict[str, int]], groups: dict[str, dict[str, int]]) -> None:
     """Add candidates and survivors by group to the counts in `total`, in place."""
     for value, counts in groups.items():
@@ -145,7 +219,7 @@ def add_to_groups(total: dict[str, dict[str, int]], groups: dict[str, dict[str, 
 
 class RunRecord(TrainerCallback, ExportableState):
     """
-    Counts and seconds of a run: totals since its first step, and the steps since the last log.
+    Counts and seconds of a run: totals since its first step, its summary, and the steps since the last log.
 
     A callback, because the end of an optimizer step is known to callbacks only; exportable, so that the totals of an
     interrupted run go on when it is resumed (they travel in the checkpoint's `trainer_state.json`).
@@ -195,6 +269,12 @@ class RunRecord(TrainerCallback, ExportableState):
         self.last_step = {**self.window[-1], **{f"seconds_{phase}": self._seconds[phase] for phase in PHASES}}
         self._seconds.clear()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            text = json.dumps(run_summary(self, args), indent=2)
+            Path(args.output_dir, SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
+
     # What the trainer reports
 
     @contextmanager
@@ -205,7 +285,8 @@ class RunRecord(TrainerCallback, ExportableState):
         self._seconds[name] += time.perf_counter() - start
 
     def begin_training(self, step: StepCounts) -> None:
-        """Take in what a step selected, over all processes; from here on the clock runs for training."""
+        """Take in what a step selected, of all processes; from here on the clock runs for training."""
+        step = sum(gather_object([step]), start=StepCounts(scored=step.scored))
         for name in COUNTS:
             self.totals["counts"][name] += int(step.counts[name])
         add_to_groups(self.totals["groups"], step.groups)
@@ -252,21 +333,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def model_card_section(summary: dict[str, Any]) -> str:
-    """The facts of `qtuning_summary.json` as a Markdown section of the model card."""
-    config, tokens, seconds = summary["config"], summary["answer_tokens"], summary["seconds"]
-    selecting = sum(seconds[phase] for phase in PHASES if phase != "training")
-    quadrants = ", ".join(f"{name.upper()} {summary['quadrants'][name]:,}" for name in ("q1", "q2", "q3", "q4"))
-    rows = {
-        "Pruners (samples, tokens)": f"{config['sample_pruner']}, {config['token_pruner']}",
-        "Budget (samples x tokens)": f"{config['sample_ratio']:.4g} x {config['token_ratio']:.4g}",
-        "Candidates seen": f"{summary['candidates']:,} samples, {tokens['candidates']:,} answer tokens",
-        "Trained on": f"{summary['kept']:,} samples, {tokens['kept']:,} answer tokens",
-        "Quadrants of the candidates": f"{quadrants}, between the thresholds {summary['quadrants']['between']:,}",
-        "Kept to fill the budget": f"{summary['filled']:,} samples",
-        "Optimizer steps": f"{summary['steps']:,}",
-        "Time selecting / training": f"{selecting:.1f} s / {seconds['training']:.1f} s",
-        "Peak memory": f"{summary['peak_memory']['bytes'] / 2**30:.2f} GiB ({summary['peak_memory']['device']})",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"\n## Q-Tuning\n\n| | |\n|---|---|\n{table}\n\nAll totals are in `{SUMMARY_NAME}`.\n"
+def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
+    """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
+    config = json.loads(json.dumps(args.to_dict(), default=str))
+    return {**record.summary(), "num_processes": args.world_size, "config": config}

@@ -14,35 +14,29 @@ checkpoint of its last step, so a resumed run cuts what lies beyond its checkpoi
 """
 
 import json
-import os
-import re
-import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from .documents import IGNORE, KEPT_MASK, SAMPLE_ID, Document, answer_lengths
-from .method import SampleSelection
-from .record import COUNTS, PHASES, THRESHOLDS
+from ..config import QTuningSFTConfig
+from ..step.sample import IGNORE, KEPT_MASK, SAMPLE_ID, Sample, answer_lengths
+from .parts import SAMPLES, STEPS, TABLES, TEXTS, Part, cut_after, list_parts, read_table, write_part
+from .run import THRESHOLDS, RunRecord, group_columns, run_summary
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
-    from .trainer import QTuningSFTTrainer
+    from ..step.selection import Group
 
 RECORD_NAME = "qtuning_record"
 FORMAT = 1
-PART = re.compile(r"^part-(\d+)-(\d+)-(\d+)$")
 # A part is written when a checkpoint is due, and when one of these is reached: at most this much is lost in a kill.
 FLUSH_SECONDS = 30.0
 FLUSH_ROWS = 20_000
@@ -50,113 +44,6 @@ FLUSH_ROWS = 20_000
 MAX_TEXT_TOKENS = 32_000_000
 
 REASONS = ("quadrant", "fill", "trim")
-SAMPLES = pa.schema(
-    [
-        ("step", pa.int64()),
-        (SAMPLE_ID, pa.int64()),
-        ("process", pa.int32()),
-        ("perplexity", pa.float64()),
-        ("entropy", pa.float64()),
-        ("quadrant", pa.int8()),
-        ("kept", pa.bool_()),
-        ("reason", pa.string()),
-        ("answer_tokens", pa.int32()),
-        ("kept_tokens", pa.int32()),
-        ("seconds", pa.float64()),
-        ("group", pa.string()),
-        (KEPT_MASK, pa.list_(pa.bool_())),
-        *((name, pa.float64()) for name in THRESHOLDS),
-    ]
-)
-STEPS = pa.schema(
-    [
-        ("step", pa.int64()),
-        *((name, pa.int64()) for name in COUNTS),
-        *((name, pa.float64()) for name in (*THRESHOLDS, "pool_nll", "pool_entropy")),
-        *((f"seconds_{phase}", pa.float64()) for phase in PHASES),
-    ]
-)
-TEXTS = pa.schema([(SAMPLE_ID, pa.int64()), ("input_ids", pa.list_(pa.int32())), ("answer", pa.list_(pa.bool_()))])
-TABLES = {"samples": SAMPLES, "steps": STEPS, "texts": TEXTS}
-
-
-# Parts: folders that are written once
-
-
-@dataclass(frozen=True, order=True)
-class Part:
-    """The steps `first` to `last` that a process recorded."""
-
-    process: int
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return f"part-{self.process:05d}-{self.first:08d}-{self.last:08d}"
-
-    def path(self, folder: Path, table: str) -> Path:
-        return folder / str(self) / f"{table}.parquet"
-
-
-def list_parts(folder: Path) -> list[Part]:
-    """The parts of a record by process and step; of two that begin together (a cut was interrupted) the shorter one."""
-    names = [match for match in map(PART.match, os.listdir(folder)) if match]
-    parts: dict[tuple[int, int], Part] = {}
-    for part in sorted(Part(*map(int, match.groups())) for match in names):
-        parts.setdefault((part.process, part.first), part)
-    return list(parts.values())
-
-
-def write_part(folder: Path, part: Part, tables: dict[str, pa.Table]) -> None:
-    """Write the tables that have rows; the part is there whole or not at all."""
-    temporary = folder / f".{part}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, table in tables.items():
-        if len(table):
-            with open(temporary / f"{name}.parquet", "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-    _sync_folder(temporary)
-    temporary.rename(folder / str(part))
-    _sync_folder(folder)
-
-
-def cut_after(folder: Path, step: int, parts: Iterable[Part]) -> None:
-    """Remove what these parts hold beyond a step; the latest first, so that an interruption leaves no gap."""
-    for part in sorted(parts, reverse=True):
-        if part.last <= step:
-            continue
-        if part.first <= step:
-            tables = {name: _read(part.path(folder, name), schema) for name, schema in TABLES.items()}
-            for name in ("samples", "steps"):
-                tables[name] = tables[name].filter(pc.field("step") <= step)
-            write_part(folder, Part(part.process, part.first, step), tables)
-        hidden = folder / f".{part}"
-        (folder / str(part)).rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table of a part; an empty one if the part has none."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is gone: the run was started again meanwhile; read its record anew.")
-    if not path.is_file():
-        return schema.empty_table()
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path} is no Parquet file that a run wrote ({type(error).__name__}): remove its folder to read the rest."
-        ) from error
 
 
 # Writing
@@ -170,11 +57,12 @@ class SampleRecorder(TrainerCallback):
     random number and changes nothing that is trained on.
 
     Args:
-        trainer ([`QTuningSFTTrainer`]): The trainer; its `run_record` knows the step's counts and seconds.
+        record (`Callable`): Returns the run's record, which knows the step's counts and seconds.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Saved with it, so that texts can be read.
     """
 
-    def __init__(self, trainer: "QTuningSFTTrainer"):
-        self.trainer = trainer
+    def __init__(self, record: Callable[[], RunRecord], tokenizer: PreTrainedTokenizerBase):
+        self.record, self.tokenizer = record, tokenizer
         self._seen: set[int] = set()
         self._text_tokens = 0
         self._clear()
@@ -187,56 +75,44 @@ class SampleRecorder(TrainerCallback):
         self._rows = 0
         self._written = time.monotonic()
 
-    def add(
-        self,
-        group: list[Document],
-        perplexity: Tensor,
-        entropy: Tensor,
-        selection: SampleSelection,
-        survivors: list[Document],
-    ) -> None:
+    def add(self, args: QTuningSFTConfig, group: "Group", survivors: list[Sample]) -> None:
         """
-        Take in a group of candidates that were compared with each other.
+        Take in a group of scored candidates that were compared with each other.
 
         Args:
-            group (`list[Document]`): The candidates.
-            perplexity, entropy (`Tensor` of shape `(samples,)`): Their place on the EU plane; entropy in nats.
-            selection ([`SampleSelection`]): What stage 1 decided about them.
-            survivors (`list[Document]`): Those it kept, in order, as stage 2 left them.
+            args ([`QTuningSFTConfig`]): The configuration.
+            group ([`Group`]): The candidates, their place on the EU plane, and what stage 1 decided about them.
+            survivors (`list[Sample]`): Those it kept, in order, as stage 2 left them.
         """
-        kept = selection.keep.nonzero().flatten().tolist()
-        reasons = [REASONS[code] for code in (selection.filled + 2 * selection.trimmed.int()).tolist()]
-        if self.trainer.args.sample_pruner != "q_tuning":
-            reasons = ["pruner"] * len(group)
-        kept_tokens = np.zeros(len(group), dtype=np.int32)
+        samples, decided = group.samples, group.decided
+        kept = decided.keep.nonzero().flatten().tolist()
+        reasons = [REASONS[code] for code in (decided.filled + 2 * decided.trimmed.int()).tolist()]
+        if args.sample_pruner != "q_tuning":
+            reasons = ["pruner"] * len(samples)
+        kept_tokens = np.zeros(len(samples), dtype=np.int32)
         kept_tokens[kept] = answer_lengths(survivors)
-        masks: list[np.ndarray | None] = [None] * len(group)
-        share = self.trainer.args.record_tokens
+        masks: list[np.ndarray | None] = [None] * len(samples)
         for index, survivor in zip(kept, survivors, strict=True):
-            if KEPT_MASK in survivor and is_sampled(survivor[SAMPLE_ID], share):
-                masks[index] = survivor[KEPT_MASK]
+            if is_sampled(survivor.sample_id, args.record_tokens):
+                masks[index] = survivor.kept_mask
         self._groups.append(
             {
-                SAMPLE_ID: [document[SAMPLE_ID] for document in group],
-                "perplexity": perplexity.tolist(),
-                "entropy": entropy.tolist(),
-                "quadrant": selection.quadrant.tolist(),
-                "kept": selection.keep.tolist(),
+                **group_columns(group),
                 "reason": reasons,
-                "answer_tokens": answer_lengths(group),
+                "answer_tokens": answer_lengths(samples),
                 "kept_tokens": kept_tokens.tolist(),
-                "group": [None if document.get("group") is None else str(document["group"]) for document in group],
+                "group": [None if sample.group is None else str(sample.group) for sample in samples],
                 KEPT_MASK: masks,
-                **{name: getattr(selection, name) for name in THRESHOLDS},
+                **{name: getattr(decided, name) for name in THRESHOLDS},
             }
         )
-        for document in group:
-            if document[SAMPLE_ID] not in self._seen and self._text_tokens < MAX_TEXT_TOKENS:
-                self._seen.add(document[SAMPLE_ID])
-                self._text_tokens += len(document["input_ids"])
-                answer = document["labels"] != IGNORE
+        for sample in samples:
+            if sample.sample_id not in self._seen and self._text_tokens < MAX_TEXT_TOKENS:
+                self._seen.add(sample.sample_id)
+                self._text_tokens += len(sample)
+                answer = sample.labels != IGNORE
                 answer[:1] = False  # nothing predicts the first token
-                self._texts[document[SAMPLE_ID]] = document["input_ids"].astype(np.int32), answer
+                self._texts[sample.sample_id] = sample.input_ids.astype(np.int32), answer
 
     # Events of the trainer
 
@@ -247,22 +123,21 @@ class SampleRecorder(TrainerCallback):
         self._seen, self._text_tokens = set(), 0
         self.folder.mkdir(parents=True, exist_ok=True)
         # With fewer processes than before, the parts of the others have a keeper too.
-        processes = self.trainer.accelerator.num_processes
-        own = [part for part in list_parts(self.folder) if part.process % processes == self.process]
+        own = [part for part in list_parts(self.folder) if part.process % args.world_size == self.process]
         cut_after(self.folder, state.global_step, own)
         for part in list_parts(self.folder):
             if part.process == self.process:
-                texts = _read(part.path(self.folder, "texts"), TEXTS)
+                texts = read_table(part.path(self.folder, "texts"), TEXTS)
                 self._seen.update(texts[SAMPLE_ID].to_pylist())
                 self._text_tokens += pc.sum(pc.list_value_length(texts["input_ids"])).as_py() or 0
         if state.is_world_process_zero:
-            self._write_run(state)
+            self._write_run(args, state, kwargs["model"])
 
-    def _write_run(self, state: Any) -> None:
-        summary = self.trainer.summary()
+    def _write_run(self, args: QTuningSFTConfig, state: TrainerState, model: PreTrainedModel) -> None:
+        summary = run_summary(self.record(), args)
         facts = {
             "format": FORMAT,
-            "model": self.trainer.model.config._name_or_path,
+            "model": model.config._name_or_path,
             "max_steps": state.max_steps,
             "resumed_from": state.global_step,
             **{name: summary[name] for name in ("num_processes", "config", "versions")},
@@ -270,10 +145,10 @@ class SampleRecorder(TrainerCallback):
         temporary = self.folder / ".run.json"
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.folder / "run.json")
-        self.trainer._tokenizer.save_pretrained(self.folder / "tokenizer")
+        self.tokenizer.save_pretrained(self.folder / "tokenizer")
 
     def on_step_end(self, args, state, control, **kwargs):
-        record = self.trainer.run_record
+        record = self.record()
         record.on_step_end(args, state, control)  # of no effect if it was called before, as it is in most runs
         step = record.last_step
         for group in self._groups:
@@ -396,7 +271,7 @@ class RecordReader:
         wanted = pa.array(sorted(set(sample_ids)), pa.int64())
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for part in self.parts:
-            table = _read(part.path(self.folder, "texts"), TEXTS)
+            table = read_table(part.path(self.folder, "texts"), TEXTS)
             table = table.filter(pc.is_in(table[SAMPLE_ID], wanted))
             for sample_id, ids, answer in zip(*(table[name] for name in TEXTS.names), strict=True):
                 found[sample_id.as_py()] = ids.values.to_numpy(), answer.values.to_numpy(zero_copy_only=False)
@@ -413,7 +288,7 @@ class RecordReader:
 
     def _steps_of(self, name: str) -> pa.Table:
         tables = [TABLES[name].empty_table()]
-        tables += [_read(part.path(self.folder, name), TABLES[name]) for part in self.parts]
+        tables += [read_table(part.path(self.folder, name), TABLES[name]) for part in self.parts]
         return pa.concat_tables(tables, promote_options="default").filter(pc.field("step") <= self.last_step)
 
 

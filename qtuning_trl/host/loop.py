@@ -1,0 +1,61 @@
+"""The training loop: its loader, the columns it keeps, what it counts, gradient checkpointing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+
+@contextmanager
+def train_loader_of(trainer: Trainer, collator: Callable, batch_size: int) -> Iterator[None]:
+    """
+    While it is open, `Trainer.get_train_dataloader` builds a loader with this collator and per-device batch size.
+
+    Leans on `Trainer._train_batch_size` and on `Trainer._get_dataloader` reading `self.data_collator`.
+    """
+    own = trainer.data_collator, trainer._train_batch_size
+    trainer.data_collator, trainer._train_batch_size = collator, batch_size
+    try:
+        yield
+    finally:
+        trainer.data_collator, trainer._train_batch_size = own
+
+
+def keep_column(trainer: Any, column: str) -> None:
+    """
+    Keep a dataset column in the examples of the train loader, beside the columns that training itself needs.
+
+    Leans on `SFTTrainer._set_signature_columns_if_needed`, which fills `_signature_columns` once.
+    """
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = sorted({*(trainer._signature_columns or ()), column})
+
+
+def count_items(trainer: Trainer, micro_batches: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+    """
+    Trainable tokens in the micro-batches of one optimizer step, over all processes: what the loss is divided by.
+
+    Leans on `Trainer._get_num_items_in_batch`.
+    """
+    return trainer._get_num_items_in_batch(micro_batches, device)
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """
+    While it is open, the model keeps its activations; gradient checkpointing is on again afterwards.
+
+    Leans on transformers' layers reading their attribute `gradient_checkpointing` on each call.
+    """
+    flag = "gradient_checkpointing"
+    checkpointed = [module for module in model.modules() if getattr(module, flag, False)]
+    for module in checkpointed:
+        setattr(module, flag, False)
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            setattr(module, flag, True)

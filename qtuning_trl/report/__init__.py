@@ -1,0 +1,1 @@
+"""What is shown of runs: their pictures, and the page of `qtuning report`."""

@@ -1,0 +1,1 @@
+"""What is done around training: comparing pruners, evaluating models, scoring data sets."""
