@@ -9,31 +9,37 @@ qtuning eval --model my-model --tasks my_task --include_path my_tasks
 """
 
 import argparse
-import difflib
-import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .. import demo
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
-from ..evaluation import ADAPTER, BASE, MODEL, PAPER_TASKS, averages, markdown, notes, sha256, table_cells, task_row
+from ..evaluation import Options, evaluate, load_tasks, make_record
+from ..evaluation_model import (
+    apply_adapter,
+    check_vocabulary,
+    find_model,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    same_model,
+)
+from ..evaluation_record import (
+    ADAPTER,
+    BASE,
+    MODEL,
+    PAPER_TASKS,
+    RECORD_NAME,
+    notes,
+    table_cells,
+    write_record,
+)
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-RECORD_NAME = "eval"
 DEFAULT_OUTPUT = "runs/eval"
-CHECK_TEXT = "Question: What is 7 + 5?\nAnswer: 7 + 5 = 12."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,7 +88,9 @@ def main(argv: Sequence[str]) -> int:
         console.print(
             f"Warning: `--model` is {name!r}, but the adapter names {named_base!r} as its base model.", markup=False
         )
-    tokenizer, tokenizer_name = load_tokenizer(arguments, name)
+    tokenizer, tokenizer_name = load_tokenizer(
+        arguments.tokenizer, arguments.adapter, name, arguments.apply_chat_template
+    )
     names = task_names(arguments.tasks)
     console.print(f"Loading tasks: {', '.join(names)}", markup=False)
     manager, loaded = load_tasks(names, arguments.include_path)
@@ -93,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.adapter:
         columns = [ADAPTER] if arguments.no_base else [BASE, ADAPTER]
         model, applied = apply_adapter(model, tokenizer, arguments.adapter, with_base=BASE in columns)
+    options = Options(arguments.batch_size, arguments.limit, arguments.num_fewshot, arguments.apply_chat_template)
     folder = Path(arguments.output or default_output(arguments.adapter))
     folder.mkdir(parents=True, exist_ok=True)
     with exit_on_error(FAILED_RUN):
@@ -100,28 +109,15 @@ def main(argv: Sequence[str]) -> int:
         for column in columns:
             console.print(f"Evaluating: {column}")
             with model.disable_adapter() if column == BASE else nullcontext():
-                results[column] = evaluate(model, tokenizer, manager, loaded, arguments)
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": package_versions(),
+                results[column] = evaluate(model, tokenizer, manager, loaded, options)
+        named = {
             "model": name,
             "adapter": applied and {"path": arguments.adapter, "base_model_name_or_path": named_base, **applied},
             "tokenizer": tokenizer_name,
-            "chat_template": {
-                "applied": arguments.apply_chat_template,
-                "sha256": sha256(tokenizer.get_chat_template()) if arguments.apply_chat_template else None,
-            },
-            "dtype": str(model.dtype).removeprefix("torch."),
             "load_in_4bit": arguments.load_in_4bit,
-            "device": device,
-            "batch_size": arguments.batch_size,
-            "limit": arguments.limit,
             "include_path": arguments.include_path,
-            **run_facts(results[columns[0]]),
-            "columns": columns,
-            "tasks": [task_record(row, manager, loaded, results, arguments.limit) for row in row_names(loaded)],
         }
-        record["averages"] = averages(record["tasks"])
+        record = make_record(model, tokenizer, manager, loaded, results, options, named)
         write_record(folder, record)
         print_record(console, record)
         console.print(f"Written to {folder / RECORD_NAME}.json and .md", markup=False)
@@ -179,340 +175,6 @@ def task_names(tasks: Sequence[str] | None) -> list[str]:
     if tasks is None:
         return [paper.task for paper in PAPER_TASKS]
     return list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
-
-
-def pick_device(device: str | None) -> str:
-    """The device asked for, or an accelerator if there is one."""
-    import torch
-
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return str(found or "cpu")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"`--device` is {device!r}: give one such as 'cpu', 'cuda' or 'cuda:1'.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`--device` is {device!r}: PyTorch finds no such device here; give 'cpu'.")
-    return device
-
-
-# Tasks
-
-
-def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskManager", dict[str, dict[str, Any]]]:
-    """
-    Load the tasks with their data.
-
-    Returns:
-        `tuple[TaskManager, dict]`: lm-eval's manager of tasks; its `tasks` and `groups` by name.
-
-    Raises:
-        `ValueError`: If there is no task of a name, or its data cannot be had.
-    """
-    from huggingface_hub.utils import logging as hub_logging
-    from lm_eval.tasks import TaskManager
-
-    hub_logging.set_verbosity_error()  # it would tell of every attempt to connect
-    manager = None
-    if include_path:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):
-            manager = own
-    if manager is None:
-        manager = TaskManager(include_path=include_path)  # takes five seconds
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
-        remedy = f"do you mean {nearest[0]!r}?" if nearest else "`lm-eval ls tasks` lists lm-eval's."
-        raise ValueError(f"`--tasks` has {unknown[0]!r}, which is no task: {remedy}")
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
-    for name in names:
-        try:
-            found = manager.load([name])
-        except Exception as error:  # whatever the libraries below, or a task's own code, may raise
-            raise ValueError(
-                f"`--tasks` has {name!r}, whose data cannot be loaded ({_cause(error)}): lm-eval's tasks fetch theirs "
-                "from the Hub, so check the connection; your own task files (`--include_path`) can name local ones."
-            ) from error
-        loaded["tasks"].update(found["tasks"])
-        loaded["groups"].update(found["groups"])
-    return manager, loaded
-
-
-def row_names(loaded: dict[str, dict[str, Any]]) -> list[str]:
-    """Tasks, and for those of a group with a figure of its own the outermost group."""
-    owner = {}
-    for name, group in reversed(list(loaded["groups"].items())):  # outer groups come first
-        if group.has_aggregation:
-            owner.update(dict.fromkeys((task.task_name for task in group.get_all_tasks()), name))
-    return list(dict.fromkeys(owner.get(name, name) for name in loaded["tasks"]))
-
-
-def task_record(
-    row: str,
-    manager: "TaskManager",
-    loaded: dict[str, dict[str, Any]],
-    results: dict[str, dict[str, Any]],
-    limit: int | None,
-) -> dict[str, Any]:
-    """What the record says of a task, with the file that defines it."""
-    group = loaded["groups"].get(row)
-    leaves = [row] if group is None else [task.task_name for task in group.get_all_tasks()]
-    return {**task_row(row, leaves, results, limit), "source": str(manager.task_index[row].yaml_path)}
-
-
-# The model and its adapter
-
-
-def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """
-    Name or folder of the model to load, and of the base model that the adapter names.
-
-    Raises:
-        `ValueError`: If there is none, or it cannot be fetched.
-    """
-    from transformers import AutoConfig
-
-    named_base = None
-    if adapter is not None:
-        from peft import PeftConfig
-
-        try:
-            named_base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"`--adapter` is {adapter!r}, whose adapter_config.json cannot be read ({_cause(error)}): give the "
-                "folder that training saved the adapter to, or its name on the Hub."
-            ) from error
-    name = model or named_base
-    if name is None:
-        raise ValueError(f"`--adapter` is {adapter!r}, which names no base model: give it as `--model`.")
-    if name == demo.BASE_MODEL:
-        name = demo.base_model_path()
-    try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        option = f"`--model` is {name!r}" if model else f"`--adapter` names the base model {name!r}"
-        raise ValueError(
-            f"{option}, which cannot be loaded ({_cause(error)}): give `--model` the folder of a model, or a name on "
-            "the Hub and a connection to it (`hf auth login` for gated models)."
-        ) from error
-    return name, named_base
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
-
-
-def same_model(name: str, other: str) -> bool:
-    """Whether two names or folders are the same model, as far as their names tell."""
-    if other == demo.BASE_MODEL:
-        other = demo.base_model_path()
-    return name == other or Path(name).resolve() == Path(other).resolve()
-
-
-def load_tokenizer(arguments: argparse.Namespace, model: str) -> tuple["PreTrainedTokenizerBase", str]:
-    """
-    The tokenizer, and where it is from: by default where training saved it, beside the adapter.
-
-    Raises:
-        `ValueError`: If it cannot be loaded, or lacks the chat template that is to be applied.
-    """
-    from transformers import AutoTokenizer
-
-    name = arguments.tokenizer
-    if name is None:
-        beside = arguments.adapter and (Path(arguments.adapter) / "tokenizer_config.json").is_file()
-        name = arguments.adapter if beside else model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No tokenizer can be loaded from {name!r} ({_cause(error)}): name one with `--tokenizer`."
-        ) from error
-    if arguments.apply_chat_template and not tokenizer.chat_template:
-        raise ValueError(
-            f"`--apply_chat_template` is given, but the tokenizer of {name!r} has no chat template: leave it out, or "
-            "name a tokenizer that has one with `--tokenizer`."
-        )
-    return tokenizer, name
-
-
-def load_model(name: str, dtype: str, device: str, load_in_4bit: bool) -> "PreTrainedModel":
-    """
-    The model in evaluation mode.
-
-    Not by lm-eval's own loader, which cuts the embeddings to the tokenizer's length when there is an adapter (its issue
-    #2748), and passes transformers 5 a `load_in_4bit` that it no longer takes.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantization = None
-    if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, device_map={"": device}, quantization_config=quantization
-    )
-    return model.eval()
-
-
-def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokenizer_name: str) -> None:
-    """Raise a `ValueError` if the tokenizer has tokens that the model has no embedding for."""
-    size = len(cast(Any, model.get_input_embeddings()).weight)
-    if len(tokenizer) > size:
-        raise ValueError(
-            f"The tokenizer of {tokenizer_name!r} has {len(tokenizer)} tokens and the model embeds {size}: merge the "
-            "adapter into a model with the added tokens and give it as `--model`, or give the base's `--tokenizer`."
-        )
-
-
-def apply_adapter(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", adapter: str, with_base: bool
-) -> tuple["PeftModel", dict[str, Any]]:
-    """
-    Put the adapter on the model, and make sure that it does something.
-
-    PEFT only warns of weights that a module lacks, and says nothing of weights that no module takes.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The base model, which is changed in place.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): For the text that both are compared on.
-        adapter (`str`): Its folder or name.
-        with_base (`bool`): Whether the base model is evaluated as well, with the adapter switched off.
-
-    Returns:
-        `tuple[PeftModel, dict]`: The model with its adapter; the modules it changes, and by how much the logits of
-        `CHECK_TEXT` differ at most.
-
-    Raises:
-        `ValueError`: If it does not fit the model, changes nothing, or cannot be switched off.
-    """
-    import torch
-    from peft import PeftModel
-
-    # Some adapters replace biases or embeddings of the base model itself.
-    weights = [(weight, weight.sum(dtype=torch.float32)) for weight in model.parameters() if weight.is_floating_point()]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device))
-        # Loading again into the same adapter tells what `from_pretrained` does not return.
-        keys = adapted.load_adapter(adapter, "default", torch_device=str(model.device))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"`--adapter` is {adapter!r}, which does not fit the model ({_cause(error)}): give `--model` the base "
-            "model that it was trained on."
-        ) from error
-    adapted.eval()
-    unmatched = [*keys.missing_keys, *keys.unexpected_keys]
-    if unmatched:
-        raise ValueError(
-            f"`--adapter` is {adapter!r}, which does not fit the model ({len(keys.missing_keys)} weights are missing "
-            f"and {len(keys.unexpected_keys)} match no module, such as {unmatched[0]}): give `--model` the base model "
-            "that it was trained on."
-        )
-    if with_base and not all(weight.sum(dtype=torch.float32).equal(total) for weight, total in weights):
-        raise ValueError(
-            f"`--adapter` is {adapter!r}, which replaces weights of the base model that cannot be switched off "
-            "(biases or embeddings): evaluate it with `--no_base`, and the base model by itself."
-        )
-    logits = check_logits(adapted, tokenizer)
-    with adapted.disable_adapter():
-        base_logits = check_logits(adapted, tokenizer)
-    if logits.isnan().any():
-        raise ValueError(
-            f"`--adapter` is {adapter!r}, with which the logits are not numbers: its training failed, so give another."
-        )
-    difference = float((logits - base_logits).abs().max())
-    if difference == 0:
-        raise ValueError(
-            f"`--adapter` is {adapter!r}, which changes nothing: the logits of a fixed text are the same with and "
-            "without it, as before the first step of training; give the folder of a trained adapter."
-        )
-    status = adapted.get_model_status()
-    return adapted, {
-        "type": status.peft_types["default"],
-        "modules": status.num_adapter_layers,
-        "largest_logit_difference": difference,
-        "check_text": CHECK_TEXT,
-    }
-
-
-def check_logits(model: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """Logits of `CHECK_TEXT` in float32, of shape (tokens, vocabulary)."""
-    import torch
-
-    inputs = tokenizer(CHECK_TEXT, return_tensors="pt")["input_ids"].to(model.device)
-    with torch.no_grad():
-        return model(input_ids=inputs).logits[0].float()
-
-
-# The run
-
-
-def evaluate(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    manager: "TaskManager",
-    loaded: dict[str, dict[str, Any]],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` returns for a model as it is now, samples included."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    # Warnings about a model that was loaded before, which is what is meant; warnings about prompts stay.
-    with _quiet("lm_eval.models.huggingface"):
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=arguments.batch_size)
-    with _quiet("lm_eval.evaluator"):
-        return simple_evaluate(
-            model=lm,
-            tasks=[loaded["groups"].get(row) or loaded["tasks"][row] for row in row_names(loaded)],
-            task_manager=manager,
-            num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit,
-            apply_chat_template=arguments.apply_chat_template,
-        )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """No warnings from a logger, for a while."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def run_facts(result: dict[str, Any]) -> dict[str, Any]:
-    """Seeds and the longest sequence that lm-eval used."""
-    config = result["config"]
-    seeds = {name: config[f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")}
-    return {"seeds": seeds, "max_length": result.get("max_length")}
-
-
-def package_versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from ..record import versions
-
-    return {**versions(), "lm_eval": version("lm_eval")}
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `eval.json` and `eval.md`."""
-    text = json.dumps(record, indent=2, default=str, ensure_ascii=False)
-    (folder / f"{RECORD_NAME}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{RECORD_NAME}.md").write_text(markdown(record), encoding="utf-8")
 
 
 def print_record(console: Console, record: dict[str, Any]) -> None:
