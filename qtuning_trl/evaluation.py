@@ -2,26 +2,48 @@
 
 import difflib
 import logging
+import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluation_model import cause
-from .evaluation_record import averages, sha256, task_row
+from .evaluation_record import (
+    ALIGNMENT,
+    BY_TASK,
+    MODEL,
+    PAPER_PROTOCOL,
+    REASONING,
+    averages,
+    sha256,
+    task_row,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
+    from .trainer import QTuningSFTTrainer
+
+PAPER_TASK_FILES = Path(__file__).parent / "paper_tasks"
 
 # Tasks
 
 
-def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskManager", dict[str, dict[str, Any]]]:
+def load_tasks(
+    names: Sequence[str], include_path: str | None, tokenizer: str | None = None
+) -> tuple["TaskManager", dict[str, dict[str, Any]]]:
     """
-    Load the tasks with their data.
+    Load the tasks with their data: lm-eval's, those of the paper's protocol, and one's own.
+
+    Args:
+        names (`Sequence[str]`): Names of tasks and groups.
+        include_path (`str`, *optional*): Folder of task files, which take precedence.
+        tokenizer (`str`, *optional*): Name or folder of the tokenizer, for tasks that count tokens.
 
     Returns:
         `tuple[TaskManager, dict]`: lm-eval's manager of tasks; its `tasks` and `groups` by name.
@@ -33,13 +55,11 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskMan
     from lm_eval.tasks import TaskManager
 
     hub_logging.set_verbosity_error()  # it would tell of every attempt to connect
-    manager = None
-    if include_path:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):
-            manager = own
-    if manager is None:
-        manager = TaskManager(include_path=include_path)  # takes five seconds
+    folders: list[str | Path] = [PAPER_TASK_FILES, *([include_path] if include_path else [])]
+    metadata: Any = {"tokenizer": tokenizer} if tokenizer else None
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=folders, metadata=metadata)  # takes five seconds
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
@@ -48,7 +68,8 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskMan
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     for name in names:
         try:
-            found = manager.load([name])
+            with _quiet("lm_eval.api.task") if name in BY_TASK else nullcontext():
+                found = manager.load([name])
         except Exception as error:  # whatever the libraries below, or a task's own code, may raise
             raise ValueError(
                 f"`--tasks` has {name!r}, whose data cannot be loaded ({cause(error)}): lm-eval's tasks fetch theirs "
@@ -94,12 +115,17 @@ class Options:
         limit (`int`, *optional*): Samples of each task; all of them if `None`.
         num_fewshot (`int`, *optional*): Examples in the prompt; what each task says if `None`.
         apply_chat_template (`bool`): Whether the prompts are put in the tokenizer's chat template.
+        temperature (`float`, *optional*): Replies are sampled at it from the whole vocabulary; with 0.0 they are
+            greedy; if `None`, they are what each task says.
+        seed (`int`): Seed of the sampling. Another batch size, too, gives other replies.
     """
 
     batch_size: str = "8"
     limit: int | None = None
     num_fewshot: int | None = None
     apply_chat_template: bool = False
+    temperature: float | None = None
+    seed: int = 1234  # lm-eval's default
 
 
 def evaluate(
@@ -116,6 +142,11 @@ def evaluate(
     # Warnings about a model that was loaded before, which is what is meant; warnings about prompts stay.
     with _quiet("lm_eval.models.huggingface"):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size)
+    generation: dict[str, Any] | None = None
+    if options.temperature is not None:
+        generation = {"do_sample": False, "temperature": 0.0}
+    if options.temperature:
+        generation = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
     with _quiet("lm_eval.evaluator"):
         return simple_evaluate(
             model=lm,
@@ -124,6 +155,8 @@ def evaluate(
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             apply_chat_template=options.apply_chat_template,
+            gen_kwargs=generation,
+            torch_random_seed=options.seed,
         )
 
 
@@ -172,6 +205,7 @@ def make_record(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "batch_size": options.batch_size,
+        "temperature": options.temperature,
         "limit": options.limit,
         **run_facts(next(iter(results.values()))),
         "columns": list(results),
@@ -194,3 +228,58 @@ def package_versions() -> dict[str, str]:
     from .record import versions
 
     return {**versions(), "lm_eval": version("lm_eval")}
+
+
+# `accuracy` of a comparison
+
+
+def paper_reasoning(trainer: "QTuningSFTTrainer") -> float:
+    """The paper's average of GSM8K and MATH (Table 2), see [`paper_accuracy`]; `accuracy` of a comparison names it."""
+    return paper_accuracy(trainer, [paper.task for paper in PAPER_PROTOCOL if REASONING in paper.groups])
+
+
+def paper_alignment(trainer: "QTuningSFTTrainer") -> float:
+    """The paper's average of five tasks (Table 1), see [`paper_accuracy`]; `accuracy` of a comparison names it."""
+    return paper_accuracy(trainer, [paper.task for paper in PAPER_PROTOCOL if ALIGNMENT in paper.groups])
+
+
+def paper_accuracy(
+    trainer: "QTuningSFTTrainer", tasks: Sequence[str], include_path: str | None = None, limit: int | None = None
+) -> float:
+    """
+    Mean share of right answers of a trainer's model on tasks of the paper's protocol, sampled as theirs.
+
+    The tasks are run twice, greedily and sampled at temperature 1 with the run's seed, `per_device_eval_batch_size`
+    samples at once. What both gave is written beside the model, as `eval_greedy` and `eval_sampled`, .json and .md.
+
+    Args:
+        trainer ([`QTuningSFTTrainer`]): The trainer, before or after training.
+        tasks (`Sequence[str]`): Names of tasks.
+        include_path (`str`, *optional*): Folder of task files, which take precedence.
+        limit (`int`, *optional*): Samples of each task; all of them if `None`.
+
+    Returns:
+        `float`: From 0 to 1.
+
+    Raises:
+        `ValueError`: If there is no task of a name, or its data cannot be had.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
+    folder = Path(str(trainer.args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    manager, loaded = load_tasks(tasks, include_path, tokenizer.name_or_path)
+    was_training = model.training
+    model.eval()
+    shares = []
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        options = Options(
+            str(trainer.args.per_device_eval_batch_size), limit, temperature=temperature, seed=trainer.args.seed
+        )
+        results = {MODEL: evaluate(model, tokenizer, manager, loaded, options)}
+        named = {"model": model.name_or_path, "adapter": None, "tokenizer": tokenizer.name_or_path}
+        record = make_record(model, tokenizer, manager, loaded, results, options, named)
+        write_record(folder, record, f"eval_{name}")
+        shares.append(statistics.fmean(row["results"][MODEL]["value"] for row in record["tasks"]))
+    model.train(was_training)
+    return shares[-1]

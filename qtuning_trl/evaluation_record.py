@@ -15,7 +15,7 @@ RECORD_NAME = "eval"
 @dataclass(frozen=True)
 class PaperTask:
     """
-    A task of the paper, and what stands for it in lm-eval (docs/evaluation.md says why).
+    A task of the paper, and what stands for it in lm-eval or among our own (docs/evaluation.md says why).
 
     Args:
         name (`str`): Its name in the paper.
@@ -46,14 +46,24 @@ PAPER_TASKS = (
     PaperTask("TriviaQA", "triviaqa", "exact_match,remove_whitespace", (ALIGNMENT,)),
     PaperTask("MATH", "minerva_math", "math_verify,none", (REASONING,)),
 )
-BY_TASK = {paper.task: paper for paper in PAPER_TASKS}
+# The same as OpenCompass put them to the authors' models; the task files are in `paper_tasks/`.
+PAPER_PROTOCOL = (
+    PaperTask("ARC-Easy", "paper_arc_easy", "acc,none", (ALIGNMENT,)),
+    PaperTask("ARC-Challenge", "paper_arc_challenge", "acc,none", (ALIGNMENT,)),
+    PaperTask("GSM8K", "paper_gsm8k", "exact_match,none", (ALIGNMENT, REASONING)),
+    PaperTask("SQuAD", "paper_squad", "exact_match,none", (ALIGNMENT,)),
+    PaperTask("TriviaQA", "paper_triviaqa", "contains_alias,none", (ALIGNMENT,)),
+    PaperTask("MATH", "paper_math", "exact_match,none", (REASONING,)),
+)
+PROTOCOLS = {"lm-eval": PAPER_TASKS, "paper": PAPER_PROTOCOL}
+BY_TASK = {paper.task: paper for papers in PROTOCOLS.values() for paper in papers}
 
 
 # The record
 
 
 def chosen_metric(task: str, metrics: Mapping[str, Any]) -> str:
-    """The metric that is shown, as `name,filter`: the one in `PAPER_TASKS`, otherwise the first that the task gives."""
+    """The metric that is shown, as `name,filter`: the paper task's own, otherwise the first that the task gives."""
     paper = BY_TASK.get(task)
     if paper is not None and paper.metric in metrics:
         return paper.metric
@@ -119,7 +129,7 @@ def task_row(
         },
         "version": first["versions"].get(task),
         "config_hash": sha256(
-            json.dumps({leaf: first["configs"][leaf] for leaf in leaves}, sort_keys=True, default=str)
+            json.dumps({leaf: _definition(first["configs"][leaf]) for leaf in leaves}, sort_keys=True, default=str)
         ),
         "results": results,
     }
@@ -130,6 +140,12 @@ def _first_request(sample: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rest, str):
         return {"prompt": prompt, "continuations": [request[1] for request in sample["arguments"]]}
     return {"prompt": prompt, "generation_kwargs": rest}
+
+
+def _definition(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's configuration without what belongs to the run: the tokenizer, whose folder is that of the adapter."""
+    metadata = {key: value for key, value in config.get("metadata", {}).items() if key != "tokenizer"}
+    return {**config, "metadata": metadata}
 
 
 def _plain(figure: Any) -> Any:
@@ -153,17 +169,18 @@ def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     by_task = {row["task"]: row for row in rows}
     found = []
-    for group in (ALIGNMENT, REASONING):
-        members = [paper.task for paper in PAPER_TASKS if group in paper.groups]
-        tasks = [task for task in members if task in by_task]
-        if not tasks:
-            continue
-        missing = [task for task in members if task not in by_task]
-        results = {}
-        for column in by_task[tasks[0]]["results"]:
-            values = [by_task[task]["results"][column]["value"] for task in tasks]
-            results[column] = None if missing or None in values else statistics.fmean(values)
-        found.append({"group": group, "tasks": tasks, "missing": missing, "results": results})
+    for protocol, papers in PROTOCOLS.items():
+        for group in (ALIGNMENT, REASONING):
+            members = [paper.task for paper in papers if group in paper.groups]
+            tasks = [task for task in members if task in by_task]
+            if not tasks:
+                continue
+            missing = [task for task in members if task not in by_task]
+            results = {}
+            for column in by_task[tasks[0]]["results"]:
+                values = [by_task[task]["results"][column]["value"] for task in tasks]
+                results[column] = None if missing or None in values else statistics.fmean(values)
+            found.append({"group": group, "protocol": protocol, "tasks": tasks, "missing": missing, "results": results})
     return found
 
 
@@ -207,6 +224,10 @@ def _value_cells(values: Sequence[float | None], errors: Sequence[float | None])
 def notes(record: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know, in sentences."""
     found = ["A value is lm-eval's, with its standard error; shares of right answers are from 0 to 1."]
+    if record.get("temperature"):
+        found.append(
+            f"Replies were sampled at temperature {record['temperature']:g} with the seed {record['seeds']['torch']}."
+        )
     for average in record["averages"]:
         if average["missing"]:
             found.append(

@@ -4,6 +4,7 @@ Evaluate a model, or a model and its adapter side by side, by lm-eval: by defaul
 ```bash
 qtuning eval --adapter runs/demo
 qtuning eval --model meta-llama/Llama-2-7b-hf --adapter my-run --tasks gsm8k minerva_math --limit 100
+qtuning eval --adapter my-run --protocol paper --temperature 1
 qtuning eval --model my-model --tasks my_task --include_path my_tasks
 ```
 """
@@ -32,7 +33,7 @@ from ..evaluation_record import (
     ADAPTER,
     BASE,
     MODEL,
-    PAPER_TASKS,
+    PROTOCOLS,
     RECORD_NAME,
     notes,
     table_cells,
@@ -51,11 +52,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="folder or name of the model; if left out, the base model that the adapter names")
     add("--adapter", help="folder or name of a PEFT adapter (LoRA): the model is evaluated without and with it")
     add("--no_base", action="store_true", help="evaluate the adapter alone, not the base model beside it")
-    add("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval, or of `--include_path`; default: "
-        + " ".join(paper.task for paper in PAPER_TASKS))  # fmt: skip
+    add("--protocol", default="lm-eval", choices=tuple(PROTOCOLS),
+        help="whose versions of the paper's six tasks: lm-eval's, or the authors' (default: %(default)s)")  # fmt: skip
+    add("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval, or of `--include_path`; default: the "
+        "protocol's, " + "; or ".join(" ".join(paper.task for paper in papers) for papers in PROTOCOLS.values())
+    )  # fmt: skip
     add("--include_path", help="folder of task files (YAML) of your own; they take precedence over lm-eval's")
     add("--limit", type=int, help="evaluate only the first so many samples of each task: for a trial, not for a result")
     add("--num_fewshot", type=int, help="examples in the prompt, for all tasks; default: what each task says")
+    add("--temperature", type=float, help="sample the replies at this temperature; with 0 each token is the likeliest; "
+        "default: what each task says, which is 0 for all of the paper's")  # fmt: skip
+    add("--seed", type=int, default=Options.seed, help="seed of the sampling (default: %(default)s)")
     add("--apply_chat_template", action="store_true", help="put the prompts in the tokenizer's chat template")
     add("--tokenizer", help="folder or name of the tokenizer; default: the adapter's if it has one, else the model's")
     add("--batch_size", default="8", help="samples at once, or 'auto' for what fits (default: %(default)s)")
@@ -91,9 +98,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer, tokenizer_name = load_tokenizer(
         arguments.tokenizer, arguments.adapter, name, arguments.apply_chat_template
     )
-    names = task_names(arguments.tasks)
+    names = task_names(arguments.tasks, arguments.protocol)
     console.print(f"Loading tasks: {', '.join(names)}", markup=False)
-    manager, loaded = load_tasks(names, arguments.include_path)
+    manager, loaded = load_tasks(names, arguments.include_path, tokenizer_name)
     model: Any = load_model(name, arguments.dtype, device, arguments.load_in_4bit)
     check_vocabulary(model, tokenizer, tokenizer_name)
     applied = None
@@ -101,7 +108,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.adapter:
         columns = [ADAPTER] if arguments.no_base else [BASE, ADAPTER]
         model, applied = apply_adapter(model, tokenizer, arguments.adapter, with_base=BASE in columns)
-    options = Options(arguments.batch_size, arguments.limit, arguments.num_fewshot, arguments.apply_chat_template)
+    options = Options(
+        arguments.batch_size,
+        arguments.limit,
+        arguments.num_fewshot,
+        arguments.apply_chat_template,
+        arguments.temperature,
+        arguments.seed,
+    )
     folder = Path(arguments.output or default_output(arguments.adapter))
     folder.mkdir(parents=True, exist_ok=True)
     with exit_on_error(FAILED_RUN):
@@ -159,6 +173,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < lowest:
             raise ValueError(f"`--{option}` is {value}: give a number of at least {lowest}.")
+    if not arguments.temperature >= 0:
+        raise ValueError(
+            f"`--temperature` is {arguments.temperature:g}: give 0 for greedy replies, or more, such as 1."
+        )
+    for option in ("num_fewshot", "apply_chat_template"):
+        if arguments.protocol == "paper" and getattr(arguments, option):
+            raise ValueError(
+                f"`--{option}` is given with `--protocol paper`, which sets the prompts: leave one of the two out."
+            )
     if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
         raise ValueError(f"`--batch_size` is {arguments.batch_size!r}: give a number of at least 1, or 'auto'.")
     output = Path(arguments.output or default_output(arguments.adapter))
@@ -170,10 +193,10 @@ def default_output(adapter: str | None) -> str:
     return adapter if adapter and Path(adapter).is_dir() else DEFAULT_OUTPUT
 
 
-def task_names(tasks: Sequence[str] | None) -> list[str]:
+def task_names(tasks: Sequence[str] | None, protocol: str) -> list[str]:
     """The tasks asked for, each once; both `a b` and lm-eval's `a,b` are understood."""
     if tasks is None:
-        return [paper.task for paper in PAPER_TASKS]
+        return [paper.task for paper in PROTOCOLS[protocol]]
     return list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
 
 
