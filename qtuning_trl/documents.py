@@ -86,6 +86,17 @@ def answer_lengths(documents: list[Document]) -> list[int]:
     return [int((document["labels"][1:] != IGNORE).sum()) for document in documents]
 
 
+def sequence_tokens(documents: list[Document]) -> int:
+    """Tokens of prompts and answers that can be predicted: all but the first of each document."""
+    return sum(len(document["input_ids"]) - 1 for document in documents)
+
+
+def prompt_of(document: Document) -> np.ndarray:
+    """Tokens before the first that is trained on."""
+    answer = document["labels"] != IGNORE
+    return document["input_ids"][: int(answer.argmax()) if answer.any() else len(answer)]
+
+
 def answer_mask(documents: list[Document]) -> Tensor:
     """Answer tokens T(x), bool of shape `(documents, longest - 1)`: column j stands for token j + 1."""
     longest = max((len(document["labels"]) for document in documents), default=1)

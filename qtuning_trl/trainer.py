@@ -43,8 +43,10 @@ from .documents import (
     number_rows,
     pack_rows,
     padded_tokens,
+    prompt_of,
     protected_mask,
     prune_document,
+    sequence_tokens,
     split_documents,
     split_evenly,
     tokens_without_checkpointing,
@@ -68,6 +70,7 @@ from .host import (
 from .live import PlaneLogger, show_progress
 from .method import SampleSelection, budget_size, sample_statistics
 from .pruners import Answers, Pool
+from .pruners.authors_code import character_entropy
 from .pruners.samples import as_selection
 from .record import SUMMARY_NAME, THRESHOLDS, RunRecord, StepCounts, model_card_section, synchronize
 from .sample_record import SampleRecorder
@@ -255,6 +258,11 @@ class QTuningSFTTrainer(SFTTrainer):
         return self.model if self._proxy is None else self._proxy
 
     @property
+    def _selects_together(self) -> bool:
+        """Whether the candidates of several processes are compared with each other."""
+        return self.args.selection_scope == "all_processes" and self.accelerator.num_processes > 1
+
+    @property
     def run_record(self) -> RunRecord:
         """Counts and seconds of the run. Looked up, since transformers may rebuild callbacks on resume."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
@@ -383,17 +391,18 @@ class QTuningSFTTrainer(SFTTrainer):
                 columns = self._columns(group, part)
                 selection = self._select(columns, len(drawn), number)
                 step.counts["pool_samples"] += len(drawn)
+                tokens = PoolTokens(sum(answer_lengths(drawn)), sequence_tokens(drawn))
                 if self.args.group_column is not None:
                     step.add_groups([document["group"] for document in drawn], "candidates")
                 if selection is not None:
-                    chosen.append(_Chosen(group, columns, None if part is None else part.nll, selection))
+                    chosen.append(_Chosen(group, columns, None if part is None else part.nll, selection, tokens))
         survivors = self._prune_tokens(chosen, batch_tokens)
         if "scores" in self.args.token_needs and not step.scored:
             step.counts["scored_samples"] = len(survivors)
 
         start = 0
         with self.run_record.phase("selection"):
-            for group, columns, _, selection in chosen:
+            for group, columns, _, selection, _ in chosen:
                 kept = survivors[start : start + int(selection.keep.sum())]
                 start += len(kept)
                 step.add_selection(selection)
@@ -401,9 +410,10 @@ class QTuningSFTTrainer(SFTTrainer):
                 if self.args.group_column is not None:
                     step.add_groups([document["group"] for document in kept], "kept")
                 if step.scored:
-                    self._remember_pool(group, columns["perplexity"], columns["entropy"], selection)
-                if self._recorder is not None:
-                    self._recorder.add(group, columns["perplexity"], columns["entropy"], selection, kept)
+                    entropy = columns.get("sequence_entropy", columns["entropy"])  # whichever makes the plane
+                    self._remember_pool(group, columns["perplexity"], entropy, selection)
+                    if self._recorder is not None:
+                        self._recorder.add(group, columns["perplexity"], entropy, selection, kept)
         return survivors, step
 
     def _score(self, groups: list[list[Document]], batch_tokens: int) -> tuple[list[list[Document]], int, TokenValues]:
@@ -446,14 +456,16 @@ class QTuningSFTTrainer(SFTTrainer):
             idle = max(gather_object([len(batches)])) - len(batches)
 
         forward = partial(self._forward_documents, model=model)
+        prompts_too = "sequence_entropy" in self._sample_pruner.needs and model is self._scorer
+        scored = [{**document, "labels": document["input_ids"]} for document in pool] if prompts_too else pool
         flat = self._scoring_collator.padding_free
         # Only the model that is trained casts by itself, not one that scores for it.
         with lean_scoring(model, self.args.device, flat), self.accelerator.autocast():
             chosen = [[now[index] for index in batch] for batch in batches]
-            values = score_documents(pool, answer_mask(pool), chosen, forward)
+            values = score_documents(scored, answer_mask(scored), chosen, forward)
             for _ in range(idle):
                 forward([self._dummy_row()])
-        return values
+        return values.answers_alone(answer_mask(pool)) if prompts_too else values
 
     def _forward_documents(
         self, documents: list[Document], model: PreTrainedModel | None = None
@@ -516,6 +528,14 @@ class QTuningSFTTrainer(SFTTrainer):
             perplexity, entropy = sample_statistics(values.nll, values.entropy, values.answer_mask)
             self._refuse_diverged(perplexity.isfinite() & entropy.isfinite())
             columns |= {"perplexity": perplexity, "entropy": entropy}
+            if values.sequence_entropy is not None:
+                columns["sequence_entropy"] = values.sequence_entropy
+        if "prompts" in self._sample_pruner.needs:
+            prompts = self._tokenizer.batch_decode([prompt_of(document) for document in group])
+            columns["prompt_characters"] = torch.tensor([len(text) for text in prompts])
+            columns["prompt_character_entropy"] = torch.tensor(
+                [character_entropy(text) for text in prompts], dtype=torch.float64
+            )
         if "column" in self._sample_pruner.needs:
             scores = [document["column"] for document in group]
             marks = all(isinstance(score, bool) for score in scores)
@@ -528,7 +548,7 @@ class QTuningSFTTrainer(SFTTrainer):
 
         As many survive as the budget leaves of all that were drawn.
         """
-        if self.args.selection_scope != "all_processes" or self.accelerator.num_processes == 1:
+        if not self._selects_together:
             return self._select_of(columns, drawn, self.accelerator.process_index, number)
         parts = gather_object([(columns, drawn)])
         everyone = {name: torch.cat([part[0][name] for part in parts]) for name in columns}
@@ -549,6 +569,7 @@ class QTuningSFTTrainer(SFTTrainer):
             sample_ratio=ratio,
             generator=self._generator(process, number),
             progress=self.state.global_step / self.state.max_steps,
+            stop_at_budget=self.args.bisection == "budget",
             infobatch_annealing=self.args.infobatch_annealing,
         )
         return as_selection(self._sample_pruner.prune(pool), pool, weighted="weights" in self._sample_pruner.needs)
@@ -561,35 +582,43 @@ class QTuningSFTTrainer(SFTTrainer):
     def _prune_tokens(self, chosen: list["_Chosen"], batch_tokens: int) -> list[Document]:
         """The survivors of all groups in order, after stage 2 on those that it prunes; the others stay whole."""
         survivors: list[Document] = []
-        pruned: list[int] = []
+        pruned: list[list[int]] = []
         nll: list[Tensor] = []
-        for group, _, group_nll, selection in chosen:
-            prune = selection.prune_tokens if self.args.token_pruner == "q_tuning" else selection.keep
+        for group, _, group_nll, selection, _ in chosen:
+            prune = selection.prune_tokens if "marked" in self._token_pruner.needs else selection.keep
+            pruned.append([])
             for index in selection.keep.nonzero().flatten().tolist():
                 if prune[index]:
-                    pruned.append(len(survivors))
+                    pruned[-1].append(len(survivors))
                     nll += [] if group_nll is None else [group_nll[index]]
                 weight = {} if selection.weight is None else {"weight": float(selection.weight[index])}
                 survivors.append({**group[index], **weight})
         if self.args.token_ratio == 1.0:
             return survivors
-        documents = [survivors[index] for index in pruned]
+        documents = [survivors[index] for indices in pruned for index in indices]
         with self.run_record.phase("scoring"):
-            answers = self._answers(documents, nll, batch_tokens)
-        if not pruned:
-            return survivors
+            values = self._token_values(documents, nll, batch_tokens)
+        drop = self.args.token_pruning == "drop"
+        generator = self._generator(self.accelerator.process_index, 0, 1)
+        start = first = 0
         with self.run_record.phase("selection"):
-            keep_tokens = self._token_pruner.prune(answers).numpy()
-            drop = self.args.token_pruning == "drop"
-            for index, keep, answer in zip(pruned, keep_tokens, answers.answer_mask.numpy(), strict=True):
-                survivors[index] = {**prune_document(survivors[index], keep, drop), KEPT_MASK: keep[answer]}
+            for (_, _, _, selection, pool_tokens), indices in zip(chosen, pruned, strict=True):
+                kept = survivors[first : first + int(selection.keep.sum())]
+                first += len(kept)
+                rows = slice(start, start + len(indices))
+                start += len(indices)
+                answers = self._answers(documents[rows], kept, pool_tokens, rows, values, generator)
+                if not indices and not self._selects_together:
+                    continue
+                keep_tokens = self._token_pruner.prune(answers).numpy()
+                for index, keep, answer in zip(indices, keep_tokens, answers.answer_mask.numpy(), strict=True):
+                    survivors[index] = {**prune_document(survivors[index], keep, drop), KEPT_MASK: keep[answer]}
         return survivors
 
-    def _answers(self, documents: list[Document], nll: list[Tensor], batch_tokens: int) -> Answers:
-        """What the token pruner is given. `nll` holds that of the documents, if stage 1 has scored them."""
+    def _token_values(self, documents: list[Document], nll: list[Tensor], batch_tokens: int) -> dict[str, Tensor]:
+        """Per-token values that the token pruner needs. `nll` is that of the documents, if stage 1 has scored them."""
         needs = self.args.token_needs
-        mask = answer_mask(documents)
-        values: dict[str, Any] = {}
+        values: dict[str, Tensor] = {}
 
         def forward(model: PreTrainedModel) -> Tensor:
             nll = self._forward_all(model, documents, list(range(len(documents))), batch_tokens).nll
@@ -598,23 +627,53 @@ class QTuningSFTTrainer(SFTTrainer):
 
         if "scores" in needs and "scores" not in self._sample_pruner.needs:
             values["nll"] = forward(self._scorer)
-        elif "scores" in needs and nll:
-            values["nll"] = torch.stack(nll)[:, : mask.shape[1]]
+        elif "scores" in needs:
+            values["nll"] = torch.stack(nll) if nll else torch.zeros((0, 0), dtype=torch.float64)
         if self._reference is not None:
             values["reference_nll"] = forward(self._reference)
         if "base" in needs:
             with nullcontext() if self._base is not None else cast(PeftModel, self.model).disable_adapter():
                 values["base_nll"] = forward(self._base or self.model)
-        if "attention" in needs:
-            values["attention"] = partial(self._attention, documents)
-            values["embeddings"] = partial(self._embeddings, documents)
+        return values
+
+    def _answers(
+        self,
+        documents: list[Document],
+        kept: list[Document],
+        pool_tokens: "PoolTokens",
+        rows: slice,
+        values: dict[str, Tensor],
+        generator: torch.Generator,
+    ) -> Answers:
+        """What the token pruner is given of a group: `documents`, which it prunes, of the survivors `kept`."""
+        mask = answer_mask(documents)
+        whole = sum(answer_lengths(kept)) - int(mask.sum())
+        together = self._selects_together
+        tokens = np.array([pool_tokens.answers, whole, pool_tokens.sequences, sequence_tokens(kept)])
+        if together:
+            tokens = sum(gather_object([tokens]))
+        in_pool, whole, of_sequences, of_survivors = tokens.tolist()
+        budget = None
+        if self.args.token_budget == "pool":
+            ratio = self.args.sample_ratio * self.args.token_ratio
+            budget = max(0, budget_size(ratio, in_pool) - whole)
+        attends = "attention" in self.args.token_needs
         return Answers(
             answer_mask=mask,
             protected=protected_mask(documents, self._protected_ids, mask.shape),
+            lengths=torch.tensor([len(document["input_ids"]) for document in documents], dtype=torch.int64),
+            sample_ratio=self.args.sample_ratio,
             token_ratio=self.args.token_ratio,
-            generator=self._generator(self.accelerator.process_index, 0, 1),
+            budget=budget,
+            sequence_tokens=of_sequences,
+            survivor_tokens=of_survivors,
+            gather=(lambda value: gather_object([value])) if together else (lambda value: [value]),
+            process=self.accelerator.process_index if together else 0,
+            generator=generator,
             neighbor_weight=self.args.neighbor_weight,
-            **values,
+            attention=partial(self._attention, documents) if attends else None,
+            embeddings=partial(self._embeddings, documents) if attends else None,
+            **{name: value[rows, : mask.shape[1]] for name, value in values.items()},
         )
 
     def _attention(self, documents: list[Document], layer: int) -> list[Tensor]:
@@ -638,6 +697,8 @@ class QTuningSFTTrainer(SFTTrainer):
             slots (`int`): Micro-batches that the step has without pruning, the most there can be.
             full_tokens (`int`): Tokens of one of those.
         """
+        # Those that lost all their tokens have no gradient to give.
+        survivors = [doc for doc, size in zip(survivors, answer_lengths(survivors), strict=True) if size > 0]
         distributed = self.accelerator.num_processes > 1
         shared = distributed and self.args.selection_scope == "all_processes"
         if shared:
@@ -741,13 +802,24 @@ class QTuningSFTTrainer(SFTTrainer):
         card.save(path)
 
 
+class PoolTokens(NamedTuple):
+    """Answer tokens of all candidates of a group, and the tokens of their sequences that can be predicted."""
+
+    answers: int
+    sequences: int
+
+
 class _Chosen(NamedTuple):
-    """A group of candidates, what is known of them, their NLL if they were scored, and what stage 1 decided."""
+    """
+    A group of candidates, what is known of them, their NLL if they were scored, what stage 1 decided, and the tokens of
+    all that were drawn.
+    """
 
     group: list[Document]
     columns: dict[str, Tensor]
     nll: Tensor | None
     selection: SampleSelection
+    tokens: PoolTokens
 
 
 class _ScoreKeeper(TrainerCallback):

@@ -230,7 +230,7 @@ def test_a_written_comparison_can_be_read_back(tmp_path, config):
 
 
 def test_names_stand_for_pairs_of_pruners():
-    assert pruner_options("random + perplexity")[1] == {"sample_pruner": "random", "token_pruner": "perplexity"}
+    assert pruner_options("random + hardest")[1] == {"sample_pruner": "random", "token_pruner": "hardest"}
     assert pruner_options("q_tuning")[1] == {"sample_pruner": "q_tuning", "token_pruner": "q_tuning"}
     assert pruner_options({"name": "drop", "token_pruning": "drop"}) == ("drop", {"token_pruning": "drop"})
     runs = Comparison("r", ["a"], ["25x50"], [3, 4], "out").runs()
