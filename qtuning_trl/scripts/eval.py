@@ -129,6 +129,7 @@ def main(argv: Sequence[str]) -> int:
             "adapter": applied and {"path": arguments.adapter, "base_model_name_or_path": named_base, **applied},
             "tokenizer": tokenizer_name,
             "load_in_4bit": arguments.load_in_4bit,
+            "protocol": arguments.protocol,
             "include_path": arguments.include_path,
         }
         record = make_record(model, tokenizer, manager, loaded, results, options, named)
@@ -173,12 +174,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < lowest:
             raise ValueError(f"`--{option}` is {value}: give a number of at least {lowest}.")
-    if not arguments.temperature >= 0:
+    temperature = arguments.temperature
+    if temperature is not None and not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"`--temperature` is {arguments.temperature:g}: give 0 for greedy replies, or more, such as 1."
+            f"`--temperature` is {temperature:g}: give 0 for greedy replies, or a number above, such as 1."
         )
     for option in ("num_fewshot", "apply_chat_template"):
-        if arguments.protocol == "paper" and getattr(arguments, option):
+        if arguments.protocol == "paper" and getattr(arguments, option) not in (None, False):
             raise ValueError(
                 f"`--{option}` is given with `--protocol paper`, which sets the prompts: leave one of the two out."
             )
