@@ -317,6 +317,15 @@ def test_the_task_files_have_their_splits_and_lengths():
     }  # fmt: skip
 
 
+def test_what_differs_from_theirs_is_documented():
+    evaluation, reproducing = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("evaluation", "reproducing"))
+    table = evaluation[evaluation.index("## Protocol paper") : evaluation.index("## The adapter is checked")]
+    assert all(f"`{paper.task}`" in table for paper in PAPER_PROTOCOL)
+    recipes = {path.stem for path in (ROOT / "recipes" / "paper").glob("*.yaml")} - {"base", "table2"}
+    assert all(f"`{recipe}`" in reproducing for recipe in recipes)
+    assert "qtuning compare --config recipes/paper/table2.yaml\n" in reproducing
+
+
 # Sampling
 
 
