@@ -179,11 +179,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"`--temperature` is {temperature:g}: give 0 for greedy replies, or a number above, such as 1."
         )
-    for option in ("num_fewshot", "apply_chat_template"):
-        if arguments.protocol == "paper" and getattr(arguments, option) not in (None, False):
-            raise ValueError(
-                f"`--{option}` is given with `--protocol paper`, which sets the prompts: leave one of the two out."
-            )
+    prompting = {
+        "num_fewshot": arguments.num_fewshot is not None,
+        "apply_chat_template": arguments.apply_chat_template,
+    }
+    given = [option for option, is_given in prompting.items() if is_given]
+    if arguments.protocol == "paper" and given:
+        raise ValueError(
+            f"`--{given[0]}` is given with `--protocol paper`, which sets the prompts: leave one of the two out."
+        )
     if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
         raise ValueError(f"`--batch_size` is {arguments.batch_size!r}: give a number of at least 1, or 'auto'.")
     output = Path(arguments.output or default_output(arguments.adapter))
