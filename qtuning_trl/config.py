@@ -13,6 +13,8 @@ TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
 SURVIVOR_CHECKPOINTING = ("true", "auto", "false")
+TOKEN_BUDGETS = ("answer", "pool")
+BISECTIONS = ("full", "budget")
 
 
 @dataclass
@@ -48,23 +50,37 @@ class QTuningSFTConfig(SFTConfig):
             "keeps every token. 1.0 with the `token_pruner` 'none'."
         },
     )
+    token_budget: str = field(
+        default="answer",
+        metadata={
+            "help": "Of what `token_ratio` is a share: `'answer'` (eq. 7: of each answer whose tokens are pruned; what "
+            "stays whole comes on top, so that 25x50 trains on about a fifth of the answer tokens), or `'pool'`: "
+            "`floor(sample_ratio * token_ratio * answer tokens of the pool)` tokens stay of all candidates that are "
+            "compared. The tokens to be pruned are ranked together; what stays whole is never touched, so where that "
+            "alone is more, more stays.",
+            "choices": list(TOKEN_BUDGETS),
+        },
+    )
 
     # Parameters that choose who prunes
     sample_pruner: str = field(
         default="q_tuning",
         metadata={
             "help": "Which samples survive: `'q_tuning'`, or a rival at the same budget: `'random'`, `'longest'`, "
-            "`'entropy'`, `'perplexity'`, `'infobatch'`, `'column'` (a selection made elsewhere, see `score_column`), "
-            "`'none'` (all), or a registered one of your own."
+            "`'entropy_high'`, `'entropy_middle'`, `'entropy_low'`, `'perplexity_high'`, `'perplexity_middle'`, "
+            "`'perplexity_low'`, `'excess'`, `'infobatch'`, `'column'` (a selection made elsewhere, see "
+            "`score_column`), `'none'` (all); as the authors of Q-Tuning coded them `'q_tuning_code'`, "
+            "`'longest_code'`, `'entropy_code'`; or a registered one of your own."
         },
     )
     token_pruner: str = field(
         default="q_tuning",
         metadata={
-            "help": "Which answer tokens of the survivors stay: `'q_tuning'`, or a rival: `'random'`, "
-            "`'perplexity'`, `'rho1'`, `'token_cleaning'` (both need `reference_model`), `'fastv'`, `'sparsevlm'` "
-            "(both need eager attention), `'none'` (all), or a registered one of your own. Q-Tuning's samples with "
-            "Q-Tuning's tokens prune Q2 alone, as in the paper; every other pair prunes all survivors."
+            "help": "Which answer tokens of the survivors stay: `'q_tuning'`, as its authors coded it "
+            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'rho1'`, `'token_cleaning'` (both "
+            "need `reference_model`), `'fastv'`, `'sparsevlm'` (both need eager attention), `'none'` (all), or a "
+            "registered one of your own. Q-Tuning's samples with Q-Tuning's tokens prune Q2 alone, as in the paper; "
+            "other tokens prune all survivors."
         },
     )
     score_column: str | None = field(
@@ -90,6 +106,14 @@ class QTuningSFTConfig(SFTConfig):
     )
 
     # Parameters that control the method
+    bisection: str = field(
+        default="full",
+        metadata={
+            "help": "How Algorithm 1's bisection ends: `'full'` takes all ten steps, `'budget'` stops as soon as Q2 "
+            "and Q4 hold `sample_ratio` of the pool to within 0.01, so that less is filled up from outside them.",
+            "choices": list(BISECTIONS),
+        },
+    )
     neighbor_weight: float = field(
         default=0.5,
         metadata={
@@ -242,6 +266,8 @@ class QTuningSFTConfig(SFTConfig):
         if isinstance(self.survivor_checkpointing, bool):
             self.survivor_checkpointing = str(self.survivor_checkpointing).lower()
         for name, choices in (
+            ("token_budget", TOKEN_BUDGETS),
+            ("bisection", BISECTIONS),
             ("token_pruning", TOKEN_PRUNING),
             ("selection_scope", SELECTION_SCOPES),
             ("micro_batches", MICRO_BATCHES),
@@ -290,6 +316,16 @@ class QTuningSFTConfig(SFTConfig):
             raise ValueError(
                 f"`token_pruner` is {self.token_pruner!r} and `reference_model` is not given: name a model of the same "
                 "family, fine-tuned on data you trust."
+            )
+        if "sequence_entropy" in needs and self.reuses_scores:
+            raise ValueError(
+                f"`sample_pruner` is {self.sample_pruner!r} and scores are reused: leave out `score_reuse_epochs` and "
+                "`score_reuse_steps`, since the entropy at prompt positions is not kept with a score."
+            )
+        if self.pool_factor > 1 and self.sample_pruner == "q_tuning_code":
+            raise ValueError(
+                f"`sample_pruner` is 'q_tuning_code' and `pool_factor` is {self.pool_factor}: set `pool_factor` to 1, "
+                "since it may keep more than `sample_ratio`, which would not fit into one optimizer step."
             )
         if "weights" in needs and self.loss_type != "nll":
             raise ValueError(

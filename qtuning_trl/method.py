@@ -16,6 +16,8 @@ from torch import Tensor
 # Algorithm 1's K_max; "fewer than 10 are usual". In a pool of 8 the share of samples moves in coarse steps, so there
 # the number of bisections decides whether it ends just above a step or just below it (see docs/method.md).
 MAX_BISECTION_STEPS = 10
+# Where the loop may stop earlier: this near to the budget, in shares of the pool (the authors' code, trainer.py:292).
+STOP_WITHIN = 0.01
 # Algorithm 1, line 1: the highest quantile level, just short of the median.
 MAX_QUANTILE_LEVEL = 0.49
 
@@ -88,7 +90,9 @@ class SampleSelection:
         return SampleSelection(**parts)
 
 
-def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> SampleSelection:
+def select_samples(
+    perplexity: Tensor, entropy: Tensor, sample_ratio: float, stop_at_budget: bool = False
+) -> SampleSelection:
     """
     Stage 1, sample pruning (Algorithm 1): bisect the quantiles of both axes until Q2 and Q4 hold the budget.
 
@@ -105,6 +109,8 @@ def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> 
         perplexity (`Tensor` of shape `(samples,)`): Error of each sample (eq. 4).
         entropy (`Tensor` of shape `(samples,)`): Mean predictive entropy of each sample, in nats (eq. 5).
         sample_ratio (`float`): r_sample, the share of samples to keep, in (0, 1].
+        stop_at_budget (`bool`): Whether the bisection stops as soon as Q2 and Q4 hold the budget to within 0.01 of the
+            pool, as in the authors' code. Otherwise it takes all ten steps, and may leave the budget behind again.
 
     Returns:
         [`SampleSelection`]: Its `keep` holds exactly `max(1, floor(sample_ratio * samples))` samples.
@@ -133,7 +139,10 @@ def select_samples(perplexity: Tensor, entropy: Tensor, sample_ratio: float) -> 
         q4 = (perplexity <= ppl_low) & (entropy >= ent_high)
         both = q2 & q4
         q2, q4 = q2 & ~(both & ~above_diagonal), q4 & ~(both & above_diagonal)
-        if int((q2 | q4).sum()) / size < sample_ratio:
+        share = int((q2 | q4).sum()) / size
+        if stop_at_budget and abs(share - sample_ratio) < STOP_WITHIN:
+            break
+        if share < sample_ratio:
             low = level
         else:
             high = level
@@ -225,6 +234,34 @@ def token_keep_mask(scores: Tensor, answer_mask: Tensor, token_ratio: float, pro
     """
     count = answer_mask.sum(dim=1)
     budget = torch.floor(token_ratio * count.double() + 1e-9).clamp(min=1).to(count.dtype)
+    return _lowest(scores, answer_mask, budget, protected)
+
+
+def pool_token_keep_mask(scores: Tensor, answer_mask: Tensor, budget: int, protected: Tensor | None = None) -> Tensor:
+    """
+    Stage 2 with one token budget for all answers of a pool: keep the tokens with the lowest scores of all.
+
+    Eq. 7 ranks within a sample. The authors' code ranks all of Q2 together (trainer.py:784), and so does this; ties go
+    to the earlier sample, then the earlier token.
+
+    Args:
+        scores (`Tensor` of shape `(samples, positions)`): Scores of eq. 7.
+        answer_mask (`Tensor` of shape `(samples, positions)`, bool): The answer tokens T(x).
+        budget (`int`): Answer tokens to keep of all samples together.
+        protected (`Tensor` of shape `(samples, positions)`, bool, *optional*): Answer tokens that are never pruned.
+
+    Returns:
+        `Tensor` of shape `(samples, positions)`, bool: `budget` tokens, at least the protected ones, and at most all. A
+        sample may lose every token.
+    """
+    flat = None if protected is None else protected.reshape(1, -1)
+    of_all = torch.tensor([budget], device=scores.device)
+    keep = _lowest(scores.reshape(1, -1), answer_mask.reshape(1, -1), of_all, flat)
+    return keep.reshape(answer_mask.shape)
+
+
+def _lowest(scores: Tensor, answer_mask: Tensor, budget: Tensor, protected: Tensor | None) -> Tensor:
+    """In each row the protected answer tokens and then those with the lowest scores, `budget` of shape `(samples,)`."""
     if protected is not None:
         budget = torch.maximum(budget, (protected & answer_mask).sum(dim=1))
         scores = scores.masked_fill(protected, -math.inf)

@@ -175,7 +175,7 @@ class QTuningSFTTrainer(SFTTrainer):
         protected = special_token_ids(tokenizer, model) if args.protect_special_tokens else set()
         self.memory = MemoryBudget(args, sharded)
         self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)
-        self.selector = Selector(args, self.accelerator, self.scorer, protected, reference, base)
+        self.selector = Selector(args, self.accelerator, self.scorer, tokenizer, protected, reference, base)
         self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, self.memory)
 
     def _add_listeners(self) -> None:

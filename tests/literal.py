@@ -45,8 +45,10 @@ def min_max(values: list[float]) -> list[float]:
     return [(value - low) / (high - low) for value in values]
 
 
-def select_samples(perplexity: list[float], entropy: list[float], sample_ratio: float) -> Selection:
-    """Algorithm 1."""
+def select_samples(
+    perplexity: list[float], entropy: list[float], sample_ratio: float, stop_at_budget: bool = False
+) -> Selection:
+    """Algorithm 1; the loop may stop where the corners hold the budget to within 0.01 of the batch."""
     size = len(perplexity)
     batch = range(size)
     p, e = min_max(perplexity), min_max(entropy)
@@ -72,7 +74,10 @@ def select_samples(perplexity: list[float], entropy: list[float], sample_ratio: 
                 q2.add(i)
             if in_q4:
                 q4.add(i)
-        if (len(q2) + len(q4)) / size < sample_ratio:
+        r = (len(q2) + len(q4)) / size
+        if stop_at_budget and abs(r - sample_ratio) < 0.01:
+            break
+        if r < sample_ratio:
             alpha_low, beta_low = alpha, beta  # relax
         else:
             alpha_high, beta_high = alpha, beta  # tighten
@@ -139,6 +144,18 @@ def token_keep_mask(
         if len(keep) < budget(token_ratio, len(answer)):
             keep.add(i)
     return [i in keep for i in range(len(scores))]
+
+
+def pool_token_keep_mask(
+    scores: list[list[float]], is_answer: list[list[bool]], token_budget: int, is_protected: list[list[bool]]
+) -> list[list[bool]]:
+    """One budget for all samples: first the protected tokens, then the lowest scores, wherever they are."""
+    answer = [(i, j) for i in range(len(scores)) for j in range(len(scores[i])) if is_answer[i][j]]
+    keep = {(i, j) for i, j in answer if is_protected[i][j]}
+    for i, j in sorted(set(answer) - keep, key=lambda token: (scores[token[0]][token[1]], token)):
+        if len(keep) < token_budget:
+            keep.add((i, j))
+    return [[(i, j) in keep for j in range(len(scores[i]))] for i in range(len(scores))]
 
 
 def infobatch(losses: list[float], sample_budget: int, first: list[int], second: list[int]) -> list[float]:

@@ -121,6 +121,10 @@ def test_the_plan_is_shown_without_running(tmp_path, config, capsys):
         ({"seeds": 3}, r"`seeds` in .* is 3: give a list, such as \[3\]"),
         ({"seeds": ["one"]}, "`seeds` in .* has 'one': give whole numbers"),
         ({"sedes": [1]}, "`sedes` in .* is no key of a comparison: use recipe, pruners"),
+        ({"budgets": None}, "`budgets` or `tokens` in .*: give one of them"),
+        ({"tokens": [12.5]}, "`budgets` or `tokens` in .*: give one of them"),
+        ({"budgets": None, "tokens": [125]}, "`tokens` in .* has 125: give shares of the answer tokens, in per cent"),
+        ({"budgets": None, "tokens": [60]}, "`tokens` is 60 and 'mask' has a `token_ratio` of 0.5: 1.2 of the samples"),
         ({"pruners": [3]}, "`pruners` has the entry 3: give a name"),
         ({"pruners": ["random", "random"]}, "`pruners` in .* has two rows for 'random-25x50-seed-0'"),
     ],
@@ -229,11 +233,40 @@ def test_a_written_comparison_can_be_read_back(tmp_path, config):
     assert [run.budget for run in comparison.runs()] == ["100x100", "100x100", "25x50", "50x100"]
 
 
+def test_rows_at_equal_tokens_get_the_samples_that_their_token_ratio_needs(config):
+    rows = [
+        "random + none",
+        "q_tuning",
+        {"name": "per answer", "token_budget": "answer", "sample_ratio": 0.16, "tokens": [12.5]},
+        {"name": "a quarter", "token_ratio": 0.25, "tokens": [6.25]},
+    ]
+    runs = load_comparison(config(pruners=rows, budgets=None, tokens=[12.5, 6.25])).runs()[2:]
+    facts = [(run.pruner, run.tokens, run.budget, run.options["token_budget"]) for run in runs]
+    assert facts == [
+        ("random + none", 12.5, "12.5x100", "pool"),
+        ("random + none", 6.25, "6.25x100", "pool"),
+        ("q_tuning", 12.5, "25x50", "pool"),
+        ("q_tuning", 6.25, "12.5x50", "pool"),
+        ("per answer", 12.5, "16x50", "answer"),
+        ("a quarter", 6.25, "25x25", "pool"),
+    ]
+    assert all(run.options["budget"] == run.budget for run in runs)
+    assert not any({"sample_ratio", "token_ratio"} & run.options.keys() for run in runs)
+
+
+def test_a_share_of_tokens_that_is_missed_is_marked():
+    runs = [Run(name, "25x50", 0, {}, tokens=12.5) for name in ("met", "missed")]
+    results = {run: result(eval_loss=1.0, kept_tokens=kept) for run, kept in zip(runs, (0.13, 0.2), strict=True)}
+    headings, cells = table_cells(summarize(results))
+    column = headings.index("tokens")
+    assert [line[column] for line in cells] == ["13.0%", "20.0% (asked: 12.50%)"]
+
+
 def test_names_stand_for_pairs_of_pruners():
-    assert pruner_options("random + perplexity")[1] == {"sample_pruner": "random", "token_pruner": "perplexity"}
+    assert pruner_options("random + hardest")[1] == {"sample_pruner": "random", "token_pruner": "hardest"}
     assert pruner_options("q_tuning")[1] == {"sample_pruner": "q_tuning", "token_pruner": "q_tuning"}
     assert pruner_options({"name": "drop", "token_pruning": "drop"}) == ("drop", {"token_pruning": "drop"})
-    runs = Comparison("r", ["a"], ["25x50"], [3, 4], "out").runs()
+    runs = Comparison("r", ["a"], [3, 4], "out", budgets=["25x50"]).runs()
     assert [(run.pruner, run.seed) for run in runs] == [
         (ZERO_SHOT, 3), (FULL_DATA, 3), ("a", 3), (ZERO_SHOT, 4), (FULL_DATA, 4), ("a", 4),
     ]  # fmt: skip

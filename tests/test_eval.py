@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from qtuning_trl import cli
 from qtuning_trl.scripts import eval as script
-from qtuning_trl.studies import adapters
-from qtuning_trl.studies.evaluation import (
+from qtuning_trl.studies.evaluation import load_tasks
+from qtuning_trl.studies.evaluation_model import apply_adapter, check_vocabulary, load_tokenizer
+from qtuning_trl.studies.evaluation_record import (
     ADAPTER,
     BASE,
     BY_TASK,
@@ -285,7 +286,7 @@ def test_an_adapter_that_is_not_applied_is_refused(place, tmp_path, make, damage
     base = AutoModelForCausalLM.from_pretrained(place / "base")
     tokenizer = AutoTokenizer.from_pretrained(place / "base")
     with pytest.raises(ValueError, match=rf"`--adapter` is .*{sentence}"):
-        adapters.apply_adapter(base, tokenizer, str(tmp_path), with_base=True)
+        apply_adapter(base, tokenizer, str(tmp_path), with_base=True)
 
 
 def test_an_adapter_of_other_modules_is_refused_before_any_task(place, tmp_path, capsys):
@@ -318,9 +319,9 @@ def test_an_adapter_that_cannot_be_switched_off_needs_no_base(tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         if with_base:
             with pytest.raises(ValueError, match=r"cannot be switched off .*`--no_base`"):
-                adapters.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=True)
+                apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=True)
         else:
-            _, applied = adapters.apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=False)
+            _, applied = apply_adapter(base, tokenizer, str(tmp_path / "adapter"), with_base=False)
             assert applied["modules"] == 6
 
 
@@ -366,16 +367,16 @@ def test_bad_input_is_one_sentence(place, capsys, options, sentence):
 
 def test_the_nearest_task_is_named():
     with pytest.raises(ValueError, match="`--tasks` has 'arc_eazy', which is no task: do you mean 'arc_easy'"):
-        script.load_tasks(["arc_eazy"], None)
+        load_tasks(["arc_eazy"], None)
 
 
 def test_data_that_cannot_be_loaded_are_one_sentence(tmp_path):
     arc = Path(lm_eval.__file__).parent / "tasks" / "arc"
     with pytest.raises(ValueError, match=r"`--tasks` has 'arc_easy', whose data cannot be loaded \(.+\): lm-eval's"):
-        script.load_tasks(["arc_easy"], str(arc))
+        load_tasks(["arc_easy"], str(arc))
     write_yaml(tmp_path / "lost.yaml", choice_task("lost", tmp_path / "lost.jsonl", ["acc"]))
     with pytest.raises(ValueError, match=r"`--tasks` has 'lost', whose data cannot be loaded \(Unable to find .*lost"):
-        script.load_tasks(["lost"], str(tmp_path))
+        load_tasks(["lost"], str(tmp_path))
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):
@@ -388,9 +389,8 @@ def test_a_chat_template_that_is_missing_is_refused(place, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(place / "base")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    arguments = script.make_parser().parse_args(["--tokenizer", str(tmp_path), "--apply_chat_template"])
     with pytest.raises(ValueError, match=r"`--apply_chat_template` is given, but the tokenizer of .* has no chat"):
-        adapters.load_tokenizer(arguments, "unused")
+        load_tokenizer(str(tmp_path), None, "unused", with_chat_template=True)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(place):
@@ -398,7 +398,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(place):
     tokenizer.add_tokens(["<new>"])
     model = AutoModelForCausalLM.from_pretrained(place / "base")
     with pytest.raises(ValueError, match=f"has {len(WORDS) + 1} tokens and the model embeds {len(WORDS)}: merge"):
-        adapters.check_vocabulary(model, tokenizer, "here")
+        check_vocabulary(model, tokenizer, "here")
 
 
 # The paper's tasks

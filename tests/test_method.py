@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qtuning_trl.method import (
     SampleSelection,
     budget_size,
+    pool_token_keep_mask,
     sample_statistics,
     select_samples,
     token_keep_mask,
@@ -29,9 +30,9 @@ THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high"
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
-def select(perplexity, entropy, ratio: float) -> SampleSelection:
+def select(perplexity, entropy, ratio: float, stop_at_budget: bool = False) -> SampleSelection:
     return select_samples(
-        torch.tensor(perplexity, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64), ratio
+        torch.tensor(perplexity, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64), ratio, stop_at_budget
     )
 
 
@@ -44,11 +45,13 @@ def indices(mask: torch.Tensor) -> list[int]:
 
 def assert_selects_as_written(perplexity, entropy, ratio: float) -> SampleSelection:
     perplexity, entropy = [float(x) for x in perplexity], [float(x) for x in entropy]
-    ours, theirs = select(perplexity, entropy, ratio), literal.select_samples(perplexity, entropy, ratio)
-    for name in MASKS:
-        assert getattr(ours, name).tolist() == getattr(theirs, name), (name, ratio, perplexity, entropy)
-    for name in THRESHOLDS:
-        assert getattr(ours, name) == getattr(theirs, name), (name, ratio, perplexity, entropy)
+    for stop in (True, False):
+        ours = select(perplexity, entropy, ratio, stop)
+        theirs = literal.select_samples(perplexity, entropy, ratio, stop)
+        for name in MASKS:
+            assert getattr(ours, name).tolist() == getattr(theirs, name), (name, ratio, perplexity, entropy)
+        for name in THRESHOLDS:
+            assert getattr(ours, name) == getattr(theirs, name), (name, ratio, perplexity, entropy)
     return ours
 
 
@@ -147,6 +150,51 @@ def test_tokens_are_scored_and_kept_as_the_paper_writes_it():
             assert scores[row].tolist() == expected
             kept = literal.token_keep_mask(expected, mask[row].tolist(), ratio, protected[row].tolist())
             assert keep[row].tolist() == kept
+
+
+def test_one_token_budget_for_a_pool_is_ranked_together():
+    rng = np.random.default_rng(6)
+    for number in range(250):
+        perplexity, mask = random_answers(rng, int(rng.integers(1, 6)), int(rng.integers(1, 20)))
+        protected = rng.random(mask.shape) < rng.choice([0.0, 0.1, 0.8])
+        scores = token_scores(torch.from_numpy(perplexity), torch.from_numpy(mask), 0.5)
+        budget = int(rng.integers(0, mask.sum() + 3))
+        keep = pool_token_keep_mask(scores, torch.from_numpy(mask), budget, torch.from_numpy(protected))
+        expected = literal.pool_token_keep_mask(scores.tolist(), mask.tolist(), budget, protected.tolist())
+        assert keep.tolist() == expected, number
+        assert int(keep.sum()) == min(int(mask.sum()), max(budget, int((mask & protected).sum())))
+
+
+@quick
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.sampled_from([0.125, 0.25, 0.5]), st.integers(0, 99))
+def test_the_budget_of_a_pool_holds_in_tokens(lengths, ratio, seed):
+    """Stage 1 and stage 2 together: `floor(r_sample r_token tokens)` wherever Q2's side has the tokens to give."""
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(np.arange(12) < np.array(lengths)[:, None])
+    nll, entropy = (torch.from_numpy(rng.gamma(1.0, 1.0, mask.shape)) for _ in range(2))
+    protected = mask & (torch.arange(12) == torch.tensor(lengths)[:, None] - 1)  # the last token of each answer
+    selection = select_samples(*sample_statistics(nll, entropy, mask), ratio)
+    side, whole = selection.prune_tokens, selection.keep & ~selection.prune_tokens
+    asked = budget_size(ratio * 0.5, int(mask.sum()))
+    untouched = int(mask[whole].sum())
+    scores = token_scores(nll.exp(), mask, 0.5)
+    keep = pool_token_keep_mask(scores[side], mask[side], max(0, asked - untouched), protected[side])
+    reached = untouched + int(keep.sum())
+    fixed = untouched + int(side.sum())  # a protected token an answer
+    available = untouched + int(mask[side].sum())
+    assert reached == min(max(asked, fixed), available)
+
+
+def test_a_bisection_that_stops_at_the_budget_fills_less():
+    """By the share of survivors that fill up, over simulated pools (docs/method.md)."""
+    rng = np.random.default_rng(7)
+    for size, ratio in ((8, 0.25), (16, 0.125), (32, 0.25)):
+        filled = [0, 0]
+        for _ in range(200):
+            pool = correlated_pool(rng, size, 0.8)
+            for stop in (False, True):
+                filled[stop] += int(select(*pool, ratio, stop).filled.sum())
+        assert filled[True] < 0.8 * filled[False], (size, ratio, filled)
 
 
 def test_samples_are_scored_as_the_paper_writes_it():

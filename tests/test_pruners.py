@@ -21,8 +21,12 @@ from qtuning_trl import QTuningSFTConfig, pruners
 from qtuning_trl.method import SampleSelection, budget_size
 from qtuning_trl.pruners import Answers, Pool
 
-SAMPLES = ["q_tuning", "random", "longest", "entropy", "perplexity", "infobatch", "column", "none"]
-TOKENS = ["q_tuning", "random", "perplexity", "rho1", "token_cleaning", "fastv", "sparsevlm", "none"]
+ENDS = [f"{axis}_{part}" for axis in ("entropy", "perplexity") for part in ("high", "middle", "low")]
+CODE = ["q_tuning_code", "longest_code", "entropy_code"]  # the authors' (tests/test_authors_code.py)
+SAMPLES = ["q_tuning", "random", "longest", *ENDS, "excess", "infobatch", "column", *CODE, "none"]
+TOKENS = [
+    "q_tuning", "random", "easiest", "hardest", "rho1", "token_cleaning", "fastv", "sparsevlm", "q_tuning_code", "none",
+]  # fmt: skip
 RANKED_TOGETHER = ("rho1", "token_cleaning")
 
 # Few distinct values, so that ties are frequent.
@@ -73,7 +77,7 @@ def test_the_lists_of_this_file_are_complete():
 @settings(max_examples=60, deadline=None)
 @given(samples=POOLS, ratio=RATIO, seed=st.integers(0, 9))
 def test_every_sample_pruner_meets_the_budget_exactly(samples, ratio, seed):
-    for name in SAMPLES:
+    for name in set(SAMPLES) - {*CODE}:
         expected = len(samples) if name == "none" else budget_size(ratio, len(samples))
         assert len(survivors_of(name, make_pool(samples, ratio, seed))) == expected, name
 
@@ -83,7 +87,9 @@ def test_every_sample_pruner_meets_the_budget_exactly(samples, ratio, seed):
 def test_the_order_of_the_pool_does_not_matter_where_nothing_is_drawn(samples, ratio, shuffler):
     shuffled = list(samples)
     shuffler.shuffle(shuffled)
-    keys = {"q_tuning": (0, 1), "longest": (2,), "entropy": (1, 0, 2), "perplexity": (0, 1, 2), "column": (3,)}
+    keys = {"q_tuning": (0, 1), "longest": (2,), "column": (3,)}
+    keys |= {f"entropy_{end}": (1, 0, 2) for end in ("high", "low")}
+    keys |= {f"perplexity_{end}": (0, 1, 2) for end in ("high", "low")}
     for name, fields in keys.items():
         kept = [
             sorted(
@@ -96,8 +102,13 @@ def test_the_order_of_the_pool_does_not_matter_where_nothing_is_drawn(samples, r
 
 def test_the_highest_stay():
     pool = make_pool([(1.0, 5.0, 3, 0.0), (4.0, 2.0, 1, 9.0), (2.0, 7.0, 2, 4.0), (3.0, 1.0, 9, 1.0)], 0.5)
-    assert survivors_of("perplexity", pool) == [1, 3]
-    assert survivors_of("entropy", pool) == [0, 2]
+    assert survivors_of("perplexity_high", pool) == [1, 3]
+    assert survivors_of("perplexity_low", pool) == [0, 2]
+    assert survivors_of("perplexity_middle", pool) == [2, 3]
+    assert survivors_of("entropy_high", pool) == [0, 2]
+    assert survivors_of("entropy_low", pool) == [1, 3]
+    assert survivors_of("entropy_middle", pool) == [0, 1]
+    assert survivors_of("excess", pool) == [1, 2]  # loss less entropy: -4, 2, -5, 2; the tie goes to the earlier
     assert survivors_of("longest", pool) == [0, 3]
     assert survivors_of("column", pool) == [1, 2]
 
@@ -108,7 +119,7 @@ def test_a_column_of_marks_keeps_exactly_the_marked():
     assert survivors_of("column", pool) == [0, 2, 3]
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", [name for name in TOKENS if name not in CODE])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7])
 def test_every_token_pruner_meets_the_budget_exactly(name, ratio):
     for seed, samples, positions in ((0, 1, 1), (1, 1, 9), (2, 5, 7), (3, 12, 30)):
@@ -209,8 +220,8 @@ def test_by_hand_attention():
         )
         return pruners.token_pruner(name).prune(answers)[0].tolist()
 
-    # Received from the others: 0.1 + 0.2, 0.3, and 0 for the last. A tie goes to the earlier token.
-    assert kept("fastv", 0.34) == [False, True, False, False]
+    # Received from the others that see it: (0.1 + 0.2) / 2, 0.3 / 1, and 0 for the last.
+    assert kept("fastv", 0.34) == [False, False, True, False]
     assert kept("fastv", 0.67) == [False, True, True, False]
     # Looks at the rater: 0.7, 0.1, 0.2.
     assert kept("sparsevlm", 0.34) == [False, True, False, False]
@@ -276,11 +287,14 @@ def weighted_gradient(rows: list[dict], weights: list[float]) -> dict[str, torch
 
 
 PAIRS = [
-    ("q_tuning", "perplexity", {}),
+    ("q_tuning_code", "q_tuning_code", {"selection_scope": "micro_batch", "per_device_train_batch_size": 8}),
+    ("longest_code", "hardest", {"token_budget": "pool"}),
+    ("entropy_code", "easiest", {"token_budget": "pool", "token_pruning": "drop"}),
+    ("q_tuning", "hardest", {}),
     ("random", "q_tuning", {}),
     ("longest", "random", {"token_pruning": "drop"}),
-    ("entropy", "rho1", {}),
-    ("perplexity", "fastv", {}),
+    ("entropy_high", "rho1", {}),
+    ("perplexity_middle", "fastv", {}),
     ("column", "token_cleaning", {}),
     ("column", "none", {"score_column": "mark"}),
     ("none", "sparsevlm", {}),
@@ -294,7 +308,7 @@ PAIRS = [
 def test_gradient_is_that_of_the_survivors(pruned_trainer, samples, tokens, options):
     trainer = pruned_trainer(samples, tokens, max_steps=1, max_grad_norm=0.0, **options)
     rows, weights, seen = trained_rows(trainer)
-    if options.get("score_column") != "mark":
+    if options.get("score_column") != "mark" and samples != "q_tuning_code":
         assert trainer.summary()["kept"] == len(rows) == (16 if samples == "none" else 8)
     assert (max(weights) > 1.0) == (samples == "infobatch")
     for name, expected in weighted_gradient(rows, weights).items():
@@ -328,7 +342,7 @@ def test_nothing_pruned_is_plain_sft_bit_for_bit(pruned_trainer, tmp_path, token
 @pytest.mark.parametrize(
     ("samples", "tokens", "dropout"),
     [("random", "random", 0.1), ("infobatch", "rho1", 0.1), ("column", "token_cleaning", 0.1),
-     ("random", "token_cleaning", None), ("entropy", "fastv", None)],
+     ("random", "token_cleaning", None), ("excess", "fastv", None)],
 )  # fmt: skip
 def test_a_resumed_run_ends_bit_equal(pruned_trainer, samples, tokens, dropout):
     class Crash(TrainerCallback):
@@ -392,10 +406,10 @@ def test_another_seed_and_another_step_draw_other_samples(pruned_trainer):
         ("random", "random", 0),
         ("longest", "none", 0),
         ("column", "none", 0),
-        ("random", "perplexity", 8),
+        ("random", "hardest", 8),
         ("random", "q_tuning", 8),
-        ("entropy", "perplexity", 16),
-        ("none", "perplexity", 16),
+        ("entropy_low", "easiest", 16),
+        ("none", "easiest", 16),
         ("random", "rho1", 8 + 8),
         ("infobatch", "rho1", 16 + 8),
         ("column", "token_cleaning", 8 + 8),
@@ -460,7 +474,7 @@ def test_a_step_without_a_marked_sample_trains_on_nothing(pruned_trainer, scored
 
 
 def test_what_is_kept_is_recorded_also_of_rivals(pruned_trainer):
-    trainer = pruned_trainer("entropy", "perplexity", group_column="source", max_steps=1)
+    trainer = pruned_trainer("entropy_high", "easiest", group_column="source", max_steps=1)
     trainer.train()
     pool, summary = trainer.last_pool, trainer.summary()
     threshold = sorted(pool["entropy"])[-8]
@@ -493,15 +507,15 @@ def test_a_registered_pruner_is_found_by_name(pruned_trainer, own_pruners):
     def halved(pool):
         return 0.5 * pool.keep_highest(pool.lengths)
 
-    @pruners.register_token_pruner("hardest", needs=("scores",))
-    def hardest(answers):
+    @pruners.register_token_pruner("own_hardest", needs=("scores",))
+    def own_hardest(answers):
         return answers.keep_lowest(-answers.nll)
 
     rows, _, _ = trained_rows(pruned_trainer("shortest", "none", max_steps=1))
     longer, _, _ = trained_rows(pruned_trainer("longest", "none", max_steps=1))
     assert len(rows) == 8
     assert max(len(row["labels"]) for row in rows) < max(len(row["labels"]) for row in longer)
-    rows, weights, seen = trained_rows(pruned_trainer("halved", "hardest", max_steps=1, max_grad_norm=0.0))
+    rows, weights, seen = trained_rows(pruned_trainer("halved", "own_hardest", max_steps=1, max_grad_norm=0.0))
     assert weights == [0.5] * 8
     for name, expected in weighted_gradient(rows, weights).items():
         torch.testing.assert_close(seen.gradients[0][name], expected, rtol=1e-4, atol=2e-6, msg=name)

@@ -8,13 +8,15 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast
 
+from qtuning_trl.data import Template
 from qtuning_trl.recipes import load_recipe
 from qtuning_trl.scripts.sft import main, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = sorted(path for path in RECIPES.glob("*.yaml") if path.stem not in ("base", "qlora", "demo"))
+PAPER = sorted(path for path in (RECIPES / "paper").glob("*.yaml") if path.stem not in ("base", "table2"))
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -24,6 +26,8 @@ ARCHITECTURES = {
     "llama-3.2": {"tie_word_embeddings": True, "num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE},
     "llama-3.1": {"tie_word_embeddings": False, "num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE},
     "llama-2": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "llama-3-8b": {"tie_word_embeddings": False, "num_key_value_heads": 2},
+    "mistral": {"tie_word_embeddings": False, "num_key_value_heads": 2},
 }
 ROWS = {
     "mathinstruct": {"source": "s", "instruction": "add 1 and 2", "output": "the sum is 3"},
@@ -47,12 +51,13 @@ def standins(tmp_path_factory, tokenizer_dir) -> dict[str, str]:
     paths = {}
     for name, options in ARCHITECTURES.items():
         torch.manual_seed(0)
-        config = LlamaConfig(
+        model_class = MistralForCausalLM if name == "mistral" else LlamaForCausalLM
+        config = model_class.config_class(
             vocab_size=len(WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
         )  # fmt: skip
         path = tmp_path_factory.mktemp("standins") / name
-        LlamaForCausalLM(config).save_pretrained(path)
+        model_class(config).save_pretrained(path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
         tokenizer.chat_template = None
         tokenizer.save_pretrained(path)
@@ -90,12 +95,12 @@ def test_the_papers_budgets_are_one_key(budget):
     assert (args.sample_ratio, args.token_ratio) == (float(samples) / 100, float(tokens) / 100)
 
 
-def start(recipe: Path, data: str, standins: dict[str, str], folder: Path) -> dict:
+def start(recipe: Path, data: str, standins: dict[str, str], folder: Path, bases: tuple[Path, ...], **changes) -> dict:
     """One optimizer step of a recipe on a stand-in, by a user's file that builds on it; the run's summary."""
     rows = folder / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(ROWS[data]) for _ in range(8)))
     changes = {
-        "base": [str(recipe), str(RECIPES / "data" / f"{data}.yaml")],
+        "base": [str(recipe), *map(str, bases)],
         "model_name_or_path": next(path for name, path in standins.items() if recipe.stem.startswith(name)),
         "dataset_name": str(rows),
         "use_cpu": True,
@@ -104,6 +109,7 @@ def start(recipe: Path, data: str, standins: dict[str, str], folder: Path) -> di
         "per_device_train_batch_size": 4,
         "output_dir": str(folder / "run"),
         "save_strategy": False,  # YAML's bare `no`
+        **changes,
     }
     own = folder / "own.yaml"
     own.write_text(yaml.safe_dump(changes))
@@ -116,14 +122,54 @@ def start(recipe: Path, data: str, standins: dict[str, str], folder: Path) -> di
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_every_recipe_starts_on_a_stand_in(path, standins, tmp_path):
-    summary = start(path, "mathinstruct", standins, tmp_path)
+    summary = start(path, "mathinstruct", standins, tmp_path, ())
     assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 8, 1)
 
 
 @pytest.mark.parametrize("data", sorted(ROWS))
 def test_every_kind_of_data_starts(data, standins, tmp_path):
-    summary = start(RECIPES / "smollm2-135m-lora.yaml", data, standins, tmp_path)
+    bases = (RECIPES / "data" / f"{data}.yaml",)
+    summary = start(RECIPES / "smollm2-135m-lora.yaml", data, standins, tmp_path, bases)
     assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 8, 1)
+
+
+PAPER_PROMPTS = {
+    "smollm2-1.7b-mathinstruct": "Human: add 1 and 2<|endoftext|>\nAssistant:|the sum is 3",
+    "llama-3-8b-mathinstruct": "Human: add 1 and 2<|end_of_text|>\nAssistant:|the sum is 3",
+    "mistral-7b-mathinstruct": "[INST] add 1 and 2[/INST]| the sum is 3",
+    "mistral-7b-wizardlm": "[INST] add 1 and 2[/INST]| the sum is 3",
+    "llama-2-7b-wizardlm": "[INST] add 1 and 2 [/INST]| the sum is 3",
+}
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_recipes_are_the_authors_settings(path):
+    script_args, args, model_args, _ = parse(["--config", str(path), *CPU]).dataclasses
+    assert (args.sample_pruner, args.token_pruner) == ("q_tuning_code", "q_tuning_code")
+    assert (args.sample_ratio, args.token_ratio, args.neighbor_weight) == (0.25, 0.5, 0.5)
+    assert (args.selection_scope, args.per_device_train_batch_size, args.token_pruning) == ("micro_batch", 8, "mask")
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
+    assert (args.num_train_epochs, args.learning_rate, args.lr_scheduler_type) == (3, 1e-4, "cosine")
+    assert args.get_warmup_steps(1000) == 100
+    assert (args.max_length, model_args.lora_r, model_args.lora_alpha) == (2048, 8, 16)
+    assert (model_args.lora_target_modules, model_args.dtype) == ("all-linear", "bfloat16")
+    assert args.output_dir == f"outputs/paper/{path.stem}"
+    data = path.stem.rsplit("-", 1)[1]
+    keys = load_recipe(RECIPES / "data" / f"{data}.yaml")
+    assert script_args.dataset_name == keys["dataset_name"]
+    assert args.group_column == keys["group_column"]
+    prompt, completion = (
+        Template(text).render(ROWS[data]) for text in (script_args.prompt_template, script_args.completion_template)
+    )
+    assert f"{prompt}|{completion}" == PAPER_PROMPTS[path.stem]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_recipes_start_on_a_stand_in(path, standins, tmp_path):
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    summary = start(path, path.stem.rsplit("-", 1)[1], standins, tmp_path, (), **batch)
+    assert (summary["steps"], summary["candidates"]) == (1, 8)
+    assert summary["kept"] >= 2  # the authors' rule may keep more than a quarter
 
 
 def test_any_data_file_replaces_any_other():

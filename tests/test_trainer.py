@@ -475,7 +475,8 @@ def test_metrics_are_logged_under_qtuning(tmp_path, tokenizer, prompt_completion
     entry = trainer.state.log_history[0]
     expected = {
         "pool_samples", "kept_samples", "pool_answer_tokens", "kept_answer_tokens", "q1", "q2", "q3", "q4", "between",
-        "filled", "trimmed", "unscorable_samples", "scored_samples", "stale_scores", "stale_share",
+        "filled", *(f"filled_{name}" for name in ("q1", "q2", "q3", "q4", "between")),
+        "trimmed", "unscorable_samples", "scored_samples", "stale_scores", "stale_share",
         "perplexity_low", "perplexity_high", "entropy_low", "entropy_high", "pool_nll", "pool_entropy",
         "seconds_selecting", "seconds_training",
     }  # fmt: skip

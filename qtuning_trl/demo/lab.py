@@ -116,7 +116,9 @@ def make_gsm8k(folder: Path, path: Path, base_steps: int = 400) -> None:
         )
     random.Random(0).shuffle(rows)
     pretraining, test, train = rows[:GSM8K_PRETRAINING_ROWS], rows[GSM8K_PRETRAINING_ROWS:reserved], rows[reserved:]
-    write_splits(folder / "data", corrupted(train, 0, **GSM8K_SHARES), [{**row, "kind": "clean"} for row in test])
+    clean_test = [{**row, "kind": "clean"} for row in test]
+    write_splits(folder / "data", corrupted(train, 0, **GSM8K_SHARES), clean_test)
+    write_splits(folder / "no_noise", corrupted(train, 0, 0.0, 0.0), clean_test)
     texts = [row["prompt"] + ANNOTATION.sub("", row["completion"]) for row in pretraining]
     set_seed(0)
     tokenizer = make_text_model.make_tokenizer(texts, vocab_size=2048)

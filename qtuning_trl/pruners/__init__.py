@@ -5,13 +5,14 @@ The tables below are all there is; `register_sample_pruner` and `register_token_
 goes with any token pruner.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from . import samples, tokens
+from . import authors_code, samples, tokens
 from .samples import Pool
 from .tokens import Answers
 
@@ -38,6 +39,8 @@ class Pruner:
 
 SAMPLE_NEEDS = {
     "scores": "`perplexity` and `entropy`: a gradient-free forward over the pool",
+    "sequence_entropy": "`sequence_entropy`, with `scores`: the forward gives the entropy at prompt positions too",
+    "prompts": "`prompt_characters` and `prompt_character_entropy`: each prompt as text",
     "column": "`column`: the dataset column that `score_column` names",
     "weights": "the losses of its survivors are weighted",
 }
@@ -45,6 +48,7 @@ TOKEN_NEEDS = {
     "scores": "`nll`: of the sample pruner's forward, otherwise a gradient-free forward over the survivors",
     "reference": "`reference_nll`: a forward of `reference_model` over the survivors",
     "base": "`base_nll`: a forward over the survivors of the model as it was before fine-tuning",
+    "marked": "only the survivors that the sample pruner marks, Q-Tuning's those on Q2's side; otherwise all survivors",
     "attention": "`attention` and `embeddings`: a forward over each survivor, with eager attention",
 }
 
@@ -52,21 +56,36 @@ _SAMPLE_PRUNERS = {
     "q_tuning": Pruner(samples.q_tuning, ("scores",)),
     "random": Pruner(samples.random),
     "longest": Pruner(samples.longest),
-    "entropy": Pruner(samples.entropy, ("scores",)),
-    "perplexity": Pruner(samples.perplexity, ("scores",)),
+    "entropy_high": Pruner(samples.entropy_high, ("scores",)),
+    "entropy_middle": Pruner(samples.entropy_middle, ("scores",)),
+    "entropy_low": Pruner(samples.entropy_low, ("scores",)),
+    "perplexity_high": Pruner(samples.perplexity_high, ("scores",)),
+    "perplexity_middle": Pruner(samples.perplexity_middle, ("scores",)),
+    "perplexity_low": Pruner(samples.perplexity_low, ("scores",)),
+    "excess": Pruner(samples.excess, ("scores",)),
     "infobatch": Pruner(samples.infobatch, ("scores", "weights")),
     "column": Pruner(samples.column, ("column",)),
+    "q_tuning_code": Pruner(authors_code.q_tuning_code, ("scores", "sequence_entropy")),
+    "longest_code": Pruner(authors_code.longest_code, ("prompts",)),
+    "entropy_code": Pruner(authors_code.entropy_code, ("prompts",)),
     "none": Pruner(samples.none),
 }
 _TOKEN_PRUNERS = {
-    "q_tuning": Pruner(tokens.q_tuning, ("scores",)),
+    "q_tuning": Pruner(tokens.q_tuning, ("scores", "marked")),
     "random": Pruner(tokens.random),
-    "perplexity": Pruner(tokens.perplexity, ("scores",)),
+    "easiest": Pruner(tokens.easiest, ("scores",)),
+    "hardest": Pruner(tokens.hardest, ("scores",)),
     "rho1": Pruner(tokens.rho1, ("scores", "reference")),
     "token_cleaning": Pruner(tokens.token_cleaning, ("base", "reference")),
     "fastv": Pruner(tokens.fastv, ("attention",)),
     "sparsevlm": Pruner(tokens.sparsevlm, ("attention",)),
+    "q_tuning_code": Pruner(authors_code.q_tuning_code_tokens, ("scores", "marked")),
     "none": Pruner(tokens.none),
+}
+# Earlier names, which did not say which end is kept.
+_EARLIER_NAMES = {
+    "sample": {"perplexity": "perplexity_high", "entropy": "entropy_high"},
+    "token": {"perplexity": "easiest"},
 }
 
 
@@ -76,7 +95,8 @@ def register_sample_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Pr
 
     Args:
         name (`str`): Its name, not taken yet.
-        needs (`Sequence[str]`): What it needs, of `"scores"`, `"column"` and `"weights"`; see [`Pruner`].
+        needs (`Sequence[str]`): What it needs, of `"scores"`, `"sequence_entropy"`, `"prompts"`, `"column"` and
+            `"weights"`; see [`Pruner`].
 
     Returns:
         `Callable`: A decorator for a function that takes a [`Pool`] and returns a `Tensor` of shape `(samples,)`.
@@ -100,8 +120,8 @@ def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Pru
 
     Args:
         name (`str`): Its name, not taken yet.
-        needs (`Sequence[str]`): What it needs, of `"scores"`, `"reference"`, `"base"` and `"attention"`; see
-            [`Pruner`].
+        needs (`Sequence[str]`): What it needs, of `"scores"`, `"reference"`, `"base"`, `"marked"` and `"attention"`;
+            see [`Pruner`].
 
     Returns:
         `Callable`: A decorator for a function that takes [`Answers`] and returns a bool `Tensor` of the shape of
@@ -112,9 +132,9 @@ def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Pru
 
     Example:
     ```python
-    @register_token_pruner("hardest", needs=("scores",))
-    def hardest(answers):
-        return answers.keep_lowest(-answers.nll)
+    @register_token_pruner("first_half")
+    def first_half(answers):
+        return answers.keep_lowest(answers.answer_mask.double().cumsum(dim=1))
     ```
     """
     return _registration("token", _TOKEN_PRUNERS, TOKEN_NEEDS, name, needs)
@@ -133,7 +153,7 @@ def token_pruner(name: str) -> Pruner:
 def _registration(
     stage: str, pruners: dict[str, Pruner], known: dict[str, str], name: str, needs: Sequence[str]
 ) -> Callable[[Prune], Prune]:
-    if name in pruners:
+    if name in {*pruners, *_EARLIER_NAMES[stage]}:
         raise ValueError(f"There is a {stage} pruner {name!r} already: register yours by another name.")
     unknown = [need for need in needs if need not in known]
     if unknown:
@@ -158,6 +178,10 @@ def _look_up(stage: str, pruners: dict[str, Pruner], given: str) -> Pruner:
                 f"`{stage}_pruner` is {given!r}, and the module {module!r} cannot be imported ({error}): put its "
                 "folder on the PYTHONPATH."
             ) from error
+    if name in _EARLIER_NAMES[stage]:
+        new = _EARLIER_NAMES[stage][name]
+        warnings.warn(f"`{stage}_pruner` {name!r} is now called {new!r}: use that name.", FutureWarning, stacklevel=3)
+        name = new
     if name not in pruners:
         nearest = get_close_matches(name, pruners, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""

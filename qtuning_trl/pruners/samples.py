@@ -25,7 +25,13 @@ class Pool:
         progress (`float`): Share of the run's optimizer steps that are done, from 0 to 1.
         perplexity (`Tensor` of shape `(samples,)`, float64, *optional*): Of each answer (eq. 4).
         entropy (`Tensor` of shape `(samples,)`, float64, *optional*): Mean predictive entropy, in nats (eq. 5).
+        sequence_entropy (`Tensor` of shape `(samples,)`, float64, *optional*): Mean predictive entropy of prompt and
+            answer, in nats.
+        prompt_characters (`Tensor` of shape `(samples,)`, int64, *optional*): Characters of each prompt.
+        prompt_character_entropy (`Tensor` of shape `(samples,)`, float64, *optional*): Entropy of the characters of
+            each prompt, in nats.
         column (`Tensor` of shape `(samples,)`, float64 or bool, *optional*): Values of `score_column`.
+        stop_at_budget (`bool`): Whether `q_tuning`'s bisection stops at the budget; see [`select_samples`].
         infobatch_annealing (`float`): Share of the run, at its end, in which `infobatch` does not prune.
     """
 
@@ -35,7 +41,11 @@ class Pool:
     progress: float = 0.0
     perplexity: Tensor | None = None
     entropy: Tensor | None = None
+    sequence_entropy: Tensor | None = None
+    prompt_characters: Tensor | None = None
+    prompt_character_entropy: Tensor | None = None
     column: Tensor | None = None
+    stop_at_budget: bool = False
     infobatch_annealing: float = 0.0
 
     @property
@@ -78,7 +88,7 @@ def as_selection(decided: SampleSelection | Tensor, pool: Pool, weighted: bool) 
     if pool.perplexity is None or pool.entropy is None:
         between, unknown = nothing.long(), (math.nan,) * 4
         return SampleSelection(keep, between, nothing, nothing, keep, *unknown, weight)
-    plane = select_samples(pool.perplexity, pool.entropy, pool.sample_ratio)
+    plane = select_samples(pool.perplexity, pool.entropy, pool.sample_ratio, pool.stop_at_budget)
     return replace(plane, keep=keep, filled=nothing, trimmed=nothing, prune_tokens=keep, weight=weight)
 
 
@@ -86,7 +96,7 @@ def q_tuning(pool: Pool) -> SampleSelection:
     """Q2 and Q4 of the Error-Uncertainty plane (Q-Tuning, arXiv 2509.23873, Algorithm 1); see `qtuning_trl.method`."""
     assert pool.perplexity is not None
     assert pool.entropy is not None
-    return select_samples(pool.perplexity, pool.entropy, pool.sample_ratio)
+    return select_samples(pool.perplexity, pool.entropy, pool.sample_ratio, pool.stop_at_budget)
 
 
 def random(pool: Pool) -> Tensor:
@@ -99,18 +109,65 @@ def longest(pool: Pool) -> Tensor:
     return pool.keep_highest(pool.lengths)
 
 
-def entropy(pool: Pool) -> Tensor:
-    """The highest mean predictive entropy, uncertainty sampling (Q-Tuning's baseline); ties by perplexity, length."""
+def entropy_high(pool: Pool) -> Tensor:
+    """The highest mean predictive entropy, uncertainty sampling; ties by perplexity, length."""
     assert pool.perplexity is not None
     assert pool.entropy is not None
     return pool.keep_highest(pool.entropy, pool.perplexity, pool.lengths)
 
 
-def perplexity(pool: Pool) -> Tensor:
+def entropy_middle(pool: Pool) -> Tensor:
+    """The mean predictive entropy nearest to the pool's median."""
+    assert pool.entropy is not None
+    return pool.keep_highest(-_from_median(pool.entropy))
+
+
+def entropy_low(pool: Pool) -> Tensor:
+    """The lowest mean predictive entropy; ties by perplexity, length."""
+    assert pool.perplexity is not None
+    assert pool.entropy is not None
+    return pool.keep_highest(-pool.entropy, -pool.perplexity, -pool.lengths)
+
+
+def perplexity_high(pool: Pool) -> Tensor:
     """The highest perplexity, which is the highest mean loss; ties by entropy, length."""
     assert pool.perplexity is not None
     assert pool.entropy is not None
     return pool.keep_highest(pool.perplexity, pool.entropy, pool.lengths)
+
+
+def perplexity_middle(pool: Pool) -> Tensor:
+    """The mean loss nearest to the pool's median: neither what is known nor what is wrong or noise."""
+    assert pool.perplexity is not None
+    return pool.keep_highest(-_from_median(pool.perplexity.log()))
+
+
+def perplexity_low(pool: Pool) -> Tensor:
+    """The lowest perplexity; ties by entropy, length."""
+    assert pool.perplexity is not None
+    assert pool.entropy is not None
+    return pool.keep_highest(-pool.perplexity, -pool.entropy, -pool.lengths)
+
+
+def _from_median(values: Tensor) -> Tensor:
+    return (values - values.quantile(0.5)).abs()
+
+
+def excess(pool: Pool) -> Tensor:
+    """
+    Both ends of mean loss minus mean entropy: half of the budget from either, the odd one from the upper end.
+
+    A calibrated model's loss is its entropy in the mean, so this axis is zero for it. Misconceptions (Q2) lie above and
+    calibration data (Q4) below, whatever the scale of the two.
+    """
+    assert pool.perplexity is not None
+    assert pool.entropy is not None
+    order = descending(pool.perplexity.log() - pool.entropy)
+    above = pool.budget - pool.budget // 2
+    keep = torch.zeros(len(order), dtype=torch.bool)
+    keep[order[:above]] = True
+    keep[order[len(order) - pool.budget // 2 :]] = True
+    return keep
 
 
 def infobatch(pool: Pool) -> Tensor:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..method import token_keep_mask, token_scores
+from ..method import budget_size, pool_token_keep_mask, token_keep_mask, token_scores
 
 # FastV looks at the second layer (its K = 2), SparseVLM first at the third (`pruning_loc` in its code).
 FASTV_LAYER = 1
@@ -24,6 +25,14 @@ class Answers:
         token_ratio (`float`): Share of the answer tokens to keep.
         generator (`torch.Generator`): To draw from, never from the global one: seeded by seed, step and process, so
             that a resumed run draws the same.
+        lengths (`Tensor` of shape `(samples,)`, int64, *optional*): Tokens of each sample, prompt and answer.
+        sample_ratio (`float`): Share of the samples that the sample pruner was to keep.
+        budget (`int`, *optional*): With `token_budget` 'pool', how many tokens to keep of all answers together, those
+            of other processes that are compared with them included.
+        sequence_tokens (`int`): Tokens that can be predicted, of prompts and answers, of all candidates of the pool.
+        survivor_tokens (`int`): Those of the survivors.
+        gather (`Callable`): Takes a value, and returns those of all processes whose candidates are compared.
+        process (`int`): Place of this process among them.
         neighbor_weight (`float`): lambda of eq. 7.
         nll (`Tensor` of shape `(samples, positions)`, float64, *optional*): Of the model that is trained, in nats.
         reference_nll, base_nll (`Tensor` of shape `(samples, positions)`, float64, *optional*): Of `reference_model`,
@@ -39,6 +48,13 @@ class Answers:
     protected: Tensor
     token_ratio: float
     generator: torch.Generator
+    lengths: Tensor | None = None
+    sample_ratio: float = 1.0
+    budget: int | None = None
+    sequence_tokens: int = 0
+    survivor_tokens: int = 0
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    process: int = 0
     neighbor_weight: float = 0.5
     nll: Tensor | None = None
     reference_nll: Tensor | None = None
@@ -47,13 +63,30 @@ class Answers:
     embeddings: Callable[[], list[Tensor]] | None = None
 
     def keep_lowest(self, scores: Tensor) -> Tensor:
-        """The `token_ratio` of each answer with the lowest scores: `floor(token_ratio * |T(x)|)`, at least one."""
+        """
+        The tokens with the lowest scores: of each answer, `floor(token_ratio * |T(x)|)` and at least one; of all
+        answers together, `budget`, if there is one.
+        """
+        if self.budget is not None:
+            return self.keep_lowest_together(scores, self.budget)
         return token_keep_mask(scores, self.answer_mask, self.token_ratio, self.protected)
 
     def keep_lowest_of_all(self, scores: Tensor) -> Tensor:
         """The `token_ratio` of all answers together with the lowest scores; an answer may lose all its tokens."""
-        scores, mask, protected = (part.reshape(1, -1) for part in (scores, self.answer_mask, self.protected))
-        return token_keep_mask(scores, mask, self.token_ratio, protected).reshape(self.answer_mask.shape)
+        if self.budget is not None:
+            return self.keep_lowest_together(scores, self.budget)
+        return pool_token_keep_mask(
+            scores, self.answer_mask, budget_size(self.token_ratio, int(self.answer_mask.sum())), self.protected
+        )
+
+    def keep_lowest_together(self, scores: Tensor, tokens: int, protect: bool = True) -> Tensor:
+        """So many tokens with the lowest scores, of all answers, those of other processes included."""
+        mask = self.answer_mask
+        parts = self.gather((scores[mask], self.protected[mask] & protect))
+        everyone, protected = (torch.cat(part)[None] for part in zip(*parts, strict=True))
+        keep = pool_token_keep_mask(everyone, torch.ones_like(protected), tokens, protected)[0]
+        start = sum(len(part[0]) for part in parts[: self.process])
+        return mask.masked_scatter(mask, keep[start : start + int(mask.sum())])
 
 
 def q_tuning(answers: Answers) -> Tensor:
@@ -71,10 +104,16 @@ def random(answers: Answers) -> Tensor:
     return answers.keep_lowest(torch.rand(answers.answer_mask.shape, generator=answers.generator, dtype=torch.float64))
 
 
-def perplexity(answers: Answers) -> Tensor:
-    """The lowest perplexity of each answer's tokens: high ones are dropped (Q-Tuning's baseline "PPL")."""
+def easiest(answers: Answers) -> Tensor:
+    """The lowest perplexity: high ones are dropped (Q-Tuning's baseline "PPL", as the paper words it)."""
     assert answers.nll is not None
     return answers.keep_lowest(answers.nll)
+
+
+def hardest(answers: Answers) -> Tensor:
+    """The highest perplexity (Q-Tuning's baseline "PPL", as the authors' code has it: trainer.py:1065-1077)."""
+    assert answers.nll is not None
+    return answers.keep_lowest(-answers.nll)
 
 
 def rho1(answers: Answers) -> Tensor:
@@ -107,10 +146,14 @@ def fastv(answers: Answers) -> Tensor:
     The most attention received from the sample's other tokens, in the second layer (FastV, Chen et al., ECCV 2024,
     arXiv 2403.06764, made for image tokens).
 
-    Attention is causal, so earlier tokens receive it from more tokens; nobody looks at the last one.
+    Attention is causal, so earlier tokens are seen by more tokens: what they receive is divided by how many those are.
+    Nobody looks at the last one, which gets nothing.
     """
     assert answers.attention is not None
-    received = [weights.sum(dim=0) - weights.diagonal() for weights in answers.attention(FASTV_LAYER)]
+    received = []
+    for weights in answers.attention(FASTV_LAYER):
+        viewers = torch.arange(len(weights) - 1, -1, -1).clamp(min=1)
+        received.append((weights.sum(dim=0) - weights.diagonal()) / viewers)
     return answers.keep_lowest(-_by_column(received, answers.answer_mask))
 
 

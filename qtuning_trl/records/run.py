@@ -35,6 +35,7 @@ COUNTS = (
     "kept_answer_tokens",
     *QUADRANTS.values(),
     "filled",
+    *(f"filled_{name}" for name in QUADRANTS.values()),
     "trimmed",
     "unscorable_samples",
     "scored_samples",
@@ -103,7 +104,9 @@ class StepCounts:
         self.counts["filled"] += int(selection.filled.sum())
         self.counts["trimmed"] += int(selection.trimmed.sum())
         for number, name in QUADRANTS.items():
-            self.counts[name] += int((selection.quadrant == number).sum())
+            inside = selection.quadrant == number
+            self.counts[name] += int(inside.sum())
+            self.counts[f"filled_{name}"] += int((inside & selection.filled).sum())
         for name in THRESHOLDS:
             self.thresholds[name] += getattr(selection, name)
 
@@ -245,7 +248,11 @@ class RunRecord(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.totals = saved["attributes"]["totals"] if state.global_step > 0 else self._new_totals()
+        self.totals = self._new_totals()
+        if state.global_step > 0:
+            before = saved["attributes"]["totals"]
+            # A checkpoint of an earlier version lacks counts that are new.
+            self.totals = {**before, "counts": {**self.totals["counts"], **before["counts"]}}
         self.window.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -310,6 +317,7 @@ class RunRecord(TrainerCallback, ExportableState):
             },
             "quadrants": {name: counts[name] for name in QUADRANTS.values()},
             "filled": counts["filled"],
+            "filled_by_quadrant": {name: counts[f"filled_{name}"] for name in QUADRANTS.values()},
             "trimmed": counts["trimmed"],
             "unscorable": counts["unscorable_samples"],
             "scored": counts["scored_samples"],

@@ -215,28 +215,32 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
 
     Returns:
         `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `kept_samples` and `kept_tokens`
-        (shares of the candidates), `seconds`, `seconds_selecting`, `peak_bytes`, `steps`, `groups` (counts by
-        `group_column`), `versions`.
+        (shares of the candidates), `seconds`, `cpu_seconds` (of this process, which other work on the machine does not
+        stretch), `seconds_selecting`, `peak_bytes`, `steps`, `groups` (counts by `group_column`), `quadrants`,
+        `filled` (by quadrant), `versions`.
     """
     from .sft import build_trainer, parse
 
     script_args, training_args, model_args, dataset_args = parse(["--config", str(folder / RECIPE_NAME)]).dataclasses
     trainer = build_trainer(script_args, training_args, model_args, dataset_args, with_eval=True)
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
     if pruner != ZERO_SHOT:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     summary = trainer.summary()
     result = {
         "eval_loss": trainer.evaluate()["eval_loss"],
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "seconds_selecting": sum(summary["seconds"][phase] for phase in ("scoring", "selection", "collation")),
         "kept_samples": summary["sample_ratio_reached"],
         "kept_tokens": summary["answer_tokens"]["ratio_reached"],
         "peak_bytes": summary["peak_memory"]["bytes"],
         "steps": summary["steps"],
         "groups": summary.get("groups"),
+        "quadrants": summary["quadrants"],
+        "filled": summary["filled_by_quadrant"],
         "versions": summary["versions"],
     }
     if accuracy:

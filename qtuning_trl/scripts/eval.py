@@ -4,51 +4,42 @@ Evaluate a model, or a model and its adapter side by side, by lm-eval: by defaul
 ```bash
 qtuning eval --adapter runs/demo
 qtuning eval --model meta-llama/Llama-2-7b-hf --adapter my-run --tasks gsm8k minerva_math --limit 100
+qtuning eval --adapter my-run --protocol paper --temperature 1
 qtuning eval --model my-model --tasks my_task --include_path my_tasks
 ```
 """
 
 import argparse
-import difflib
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
-from ..studies.adapters import (
+from ..studies.evaluation import Options, evaluate, load_tasks, make_record
+from ..studies.evaluation_model import (
     apply_adapter,
-    cause,
     check_vocabulary,
     find_model,
     load_model,
     load_tokenizer,
+    pick_device,
     same_model,
 )
-from ..studies.evaluation import (
+from ..studies.evaluation_record import (
     ADAPTER,
     BASE,
     MODEL,
-    PAPER_TASKS,
-    averages,
-    markdown,
+    PROTOCOLS,
+    RECORD_NAME,
     notes,
-    sha256,
     table_cells,
-    task_row,
+    write_record,
 )
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerBase
-
-RECORD_NAME = "eval"
 DEFAULT_OUTPUT = "runs/eval"
 
 
@@ -61,11 +52,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="folder or name of the model; if left out, the base model that the adapter names")
     add("--adapter", help="folder or name of a PEFT adapter (LoRA): the model is evaluated without and with it")
     add("--no_base", action="store_true", help="evaluate the adapter alone, not the base model beside it")
-    add("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval, or of `--include_path`; default: "
-        + " ".join(paper.task for paper in PAPER_TASKS))  # fmt: skip
+    add("--protocol", default="lm-eval", choices=tuple(PROTOCOLS),
+        help="whose versions of the paper's six tasks: lm-eval's, or the authors' (default: %(default)s)")  # fmt: skip
+    add("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-eval, or of `--include_path`; default: the "
+        "protocol's, " + "; or ".join(" ".join(paper.task for paper in papers) for papers in PROTOCOLS.values())
+    )  # fmt: skip
     add("--include_path", help="folder of task files (YAML) of your own; they take precedence over lm-eval's")
     add("--limit", type=int, help="evaluate only the first so many samples of each task: for a trial, not for a result")
     add("--num_fewshot", type=int, help="examples in the prompt, for all tasks; default: what each task says")
+    add("--temperature", type=float, help="sample the replies at this temperature; with 0 each token is the likeliest; "
+        "default: what each task says, which is 0 for all of the paper's")  # fmt: skip
+    add("--seed", type=int, default=Options.seed, help="seed of the sampling (default: %(default)s)")
     add("--apply_chat_template", action="store_true", help="put the prompts in the tokenizer's chat template")
     add("--tokenizer", help="folder or name of the tokenizer; default: the adapter's if it has one, else the model's")
     add("--batch_size", default="8", help="samples at once, or 'auto' for what fits (default: %(default)s)")
@@ -98,10 +95,12 @@ def main(argv: Sequence[str]) -> int:
         console.print(
             f"Warning: `--model` is {name!r}, but the adapter names {named_base!r} as its base model.", markup=False
         )
-    tokenizer, tokenizer_name = load_tokenizer(arguments, name)
-    names = task_names(arguments.tasks)
+    tokenizer, tokenizer_name = load_tokenizer(
+        arguments.tokenizer, arguments.adapter, name, arguments.apply_chat_template
+    )
+    names = task_names(arguments.tasks, arguments.protocol)
     console.print(f"Loading tasks: {', '.join(names)}", markup=False)
-    manager, loaded = load_tasks(names, arguments.include_path)
+    manager, loaded = load_tasks(names, arguments.include_path, tokenizer_name)
     model: Any = load_model(name, arguments.dtype, device, arguments.load_in_4bit)
     check_vocabulary(model, tokenizer, tokenizer_name)
     applied = None
@@ -109,6 +108,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.adapter:
         columns = [ADAPTER] if arguments.no_base else [BASE, ADAPTER]
         model, applied = apply_adapter(model, tokenizer, arguments.adapter, with_base=BASE in columns)
+    options = Options(
+        arguments.batch_size,
+        arguments.limit,
+        arguments.num_fewshot,
+        arguments.apply_chat_template,
+        arguments.temperature,
+        arguments.seed,
+    )
     folder = Path(arguments.output or default_output(arguments.adapter))
     folder.mkdir(parents=True, exist_ok=True)
     with exit_on_error(FAILED_RUN):
@@ -116,28 +123,16 @@ def main(argv: Sequence[str]) -> int:
         for column in columns:
             console.print(f"Evaluating: {column}")
             with model.disable_adapter() if column == BASE else nullcontext():
-                results[column] = evaluate(model, tokenizer, manager, loaded, arguments)
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": package_versions(),
+                results[column] = evaluate(model, tokenizer, manager, loaded, options)
+        named = {
             "model": name,
             "adapter": applied and {"path": arguments.adapter, "base_model_name_or_path": named_base, **applied},
             "tokenizer": tokenizer_name,
-            "chat_template": {
-                "applied": arguments.apply_chat_template,
-                "sha256": sha256(tokenizer.get_chat_template()) if arguments.apply_chat_template else None,
-            },
-            "dtype": str(model.dtype).removeprefix("torch."),
             "load_in_4bit": arguments.load_in_4bit,
-            "device": device,
-            "batch_size": arguments.batch_size,
-            "limit": arguments.limit,
+            "protocol": arguments.protocol,
             "include_path": arguments.include_path,
-            **run_facts(results[columns[0]]),
-            "columns": columns,
-            "tasks": [task_record(row, manager, loaded, results, arguments.limit) for row in row_names(loaded)],
         }
-        record["averages"] = averages(record["tasks"])
+        record = make_record(model, tokenizer, manager, loaded, results, options, named)
         write_record(folder, record)
         print_record(console, record)
         console.print(f"Written to {folder / RECORD_NAME}.json and .md", markup=False)
@@ -179,6 +174,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < lowest:
             raise ValueError(f"`--{option}` is {value}: give a number of at least {lowest}.")
+    temperature = arguments.temperature
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"`--temperature` is {temperature:g}: give 0 for greedy replies, or a number above, such as 1."
+        )
+    prompting = {
+        "num_fewshot": arguments.num_fewshot is not None,
+        "apply_chat_template": arguments.apply_chat_template,
+    }
+    given = [option for option, is_given in prompting.items() if is_given]
+    if arguments.protocol == "paper" and given:
+        raise ValueError(
+            f"`--{given[0]}` is given with `--protocol paper`, which sets the prompts: leave one of the two out."
+        )
     if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
         raise ValueError(f"`--batch_size` is {arguments.batch_size!r}: give a number of at least 1, or 'auto'.")
     output = Path(arguments.output or default_output(arguments.adapter))
@@ -190,154 +199,11 @@ def default_output(adapter: str | None) -> str:
     return adapter if adapter and Path(adapter).is_dir() else DEFAULT_OUTPUT
 
 
-def task_names(tasks: Sequence[str] | None) -> list[str]:
+def task_names(tasks: Sequence[str] | None, protocol: str) -> list[str]:
     """The tasks asked for, each once; both `a b` and lm-eval's `a,b` are understood."""
     if tasks is None:
-        return [paper.task for paper in PAPER_TASKS]
+        return [paper.task for paper in PROTOCOLS[protocol]]
     return list(dict.fromkeys(name for entry in tasks for name in entry.split(",") if name))
-
-
-def pick_device(device: str | None) -> str:
-    """The device asked for, or an accelerator if there is one."""
-    import torch
-
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return str(found or "cpu")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"`--device` is {device!r}: give one such as 'cpu', 'cuda' or 'cuda:1'.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`--device` is {device!r}: PyTorch finds no such device here; give 'cpu'.")
-    return device
-
-
-# Tasks
-
-
-def load_tasks(names: Sequence[str], include_path: str | None) -> tuple["TaskManager", dict[str, dict[str, Any]]]:
-    """
-    Load the tasks with their data.
-
-    Returns:
-        `tuple[TaskManager, dict]`: lm-eval's manager of tasks; its `tasks` and `groups` by name.
-
-    Raises:
-        `ValueError`: If there is no task of a name, or its data cannot be had.
-    """
-    from huggingface_hub.utils import logging as hub_logging
-    from lm_eval.tasks import TaskManager
-
-    hub_logging.set_verbosity_error()  # it would tell of every attempt to connect
-    manager = None
-    if include_path:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):
-            manager = own
-    if manager is None:
-        manager = TaskManager(include_path=include_path)  # takes five seconds
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
-        remedy = f"do you mean {nearest[0]!r}?" if nearest else "`lm-eval ls tasks` lists lm-eval's."
-        raise ValueError(f"`--tasks` has {unknown[0]!r}, which is no task: {remedy}")
-    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
-    for name in names:
-        try:
-            found = manager.load([name])
-        except Exception as error:  # whatever the libraries below, or a task's own code, may raise
-            raise ValueError(
-                f"`--tasks` has {name!r}, whose data cannot be loaded ({cause(error)}): lm-eval's tasks fetch theirs "
-                "from the Hub, so check the connection; your own task files (`--include_path`) can name local ones."
-            ) from error
-        loaded["tasks"].update(found["tasks"])
-        loaded["groups"].update(found["groups"])
-    return manager, loaded
-
-
-def row_names(loaded: dict[str, dict[str, Any]]) -> list[str]:
-    """Tasks, and for those of a group with a figure of its own the outermost group."""
-    owner = {}
-    for name, group in reversed(list(loaded["groups"].items())):  # outer groups come first
-        if group.has_aggregation:
-            owner.update(dict.fromkeys((task.task_name for task in group.get_all_tasks()), name))
-    return list(dict.fromkeys(owner.get(name, name) for name in loaded["tasks"]))
-
-
-def task_record(
-    row: str,
-    manager: "TaskManager",
-    loaded: dict[str, dict[str, Any]],
-    results: dict[str, dict[str, Any]],
-    limit: int | None,
-) -> dict[str, Any]:
-    """What the record says of a task, with the file that defines it."""
-    group = loaded["groups"].get(row)
-    leaves = [row] if group is None else [task.task_name for task in group.get_all_tasks()]
-    return {**task_row(row, leaves, results, limit), "source": str(manager.task_index[row].yaml_path)}
-
-
-# The run
-
-
-def evaluate(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
-    manager: "TaskManager",
-    loaded: dict[str, dict[str, Any]],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` returns for a model as it is now, samples included."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    # Warnings about a model that was loaded before, which is what is meant; warnings about prompts stay.
-    with _quiet("lm_eval.models.huggingface"):
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=arguments.batch_size)
-    with _quiet("lm_eval.evaluator"):
-        return simple_evaluate(
-            model=lm,
-            tasks=[loaded["groups"].get(row) or loaded["tasks"][row] for row in row_names(loaded)],
-            task_manager=manager,
-            num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit,
-            apply_chat_template=arguments.apply_chat_template,
-        )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """No warnings from a logger, for a while."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def run_facts(result: dict[str, Any]) -> dict[str, Any]:
-    """Seeds and the longest sequence that lm-eval used."""
-    config = result["config"]
-    seeds = {name: config[f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")}
-    return {"seeds": seeds, "max_length": result.get("max_length")}
-
-
-def package_versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from ..records.run import versions
-
-    return {**versions(), "lm_eval": version("lm_eval")}
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `eval.json` and `eval.md`."""
-    text = json.dumps(record, indent=2, default=str, ensure_ascii=False)
-    (folder / f"{RECORD_NAME}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{RECORD_NAME}.md").write_text(markdown(record), encoding="utf-8")
 
 
 def print_record(console: Console, record: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import QTuningSFTConfig
 from .memory import MemoryBudget
-from .sample import IGNORE, Sample
+from .sample import IGNORE, Sample, answer_lengths
 
 RowT = TypeVar("RowT", bound=Sized)
 
@@ -77,6 +77,8 @@ class Batcher:
             `list[dict]`: What the collator makes of each, with its `survivors` and whether to train it with
             `checkpointing`.
         """
+        # Those that lost all their tokens have no gradient to give.
+        survivors = [sample for sample, size in zip(survivors, answer_lengths(survivors), strict=True) if size > 0]
         distributed = self.accelerator.num_processes > 1
         shared = distributed and self.args.selection_scope == "all_processes"
         if shared:

@@ -105,6 +105,17 @@ def answer_lengths(documents: list[Sample]) -> list[int]:
     return [int((document.labels[1:] != IGNORE).sum()) for document in documents]
 
 
+def sequence_tokens(documents: list[Sample]) -> int:
+    """Tokens of prompts and answers that can be predicted: all but the first of each."""
+    return sum(len(document) - 1 for document in documents)
+
+
+def prompt_of(document: Sample) -> np.ndarray:
+    """Tokens before the first that is trained on; all of them, if there is none."""
+    answer = document.labels != IGNORE
+    return document.input_ids[: int(answer.argmax()) if answer.any() else len(answer)]
+
+
 def answer_mask(documents: list[Sample]) -> Tensor:
     """Answer tokens T(x), bool of shape `(documents, longest - 1)`: column j stands for token j + 1."""
     longest = max((len(document.labels) for document in documents), default=1)

@@ -39,15 +39,24 @@ class TokenValues:
         nll (`Tensor` of shape `(samples, longest - 1)`, float64): `-log p(token)`, in nats; 0 outside the answer.
         entropy (`Tensor` of shape `(samples, longest - 1)`, float64): Predictive entropy, in nats; 0 outside.
         answer_mask (`Tensor` of shape `(samples, longest - 1)`, bool): The answer tokens T(x).
+        sequence_entropy (`Tensor` of shape `(samples,)`, float64, *optional*): Mean predictive entropy of prompt and
+            answer, in nats, where prompts were scored too.
     """
 
     nll: Tensor
     entropy: Tensor
     answer_mask: Tensor
+    sequence_entropy: Tensor | None = None
 
     def rows(self, rows: slice) -> "TokenValues":
         """The values of some of the samples."""
-        return TokenValues(self.nll[rows], self.entropy[rows], self.answer_mask[rows])
+        of_sequences = None if self.sequence_entropy is None else self.sequence_entropy[rows]
+        return TokenValues(self.nll[rows], self.entropy[rows], self.answer_mask[rows], of_sequences)
+
+    def answers_alone(self, answer_mask: Tensor) -> "TokenValues":
+        """From values of prompts and answers, for which `answer_mask` was all tokens, to those of the answers."""
+        nll, entropy = (values.masked_fill(~answer_mask, 0.0) for values in (self.nll, self.entropy))
+        return TokenValues(nll, entropy, answer_mask, self.entropy.sum(dim=1) / self.answer_mask.sum(dim=1))
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """NLL and entropy of one sample's answer tokens, float32 of shape `(answer tokens,)`."""
@@ -142,7 +151,11 @@ class Scorer:
             reused |= {place[index]: score for index, score in old.items()}
 
         pool = [sample for group in scored for sample in group]
-        values = self.forward_all(self.scoring_model(model), pool, now, batch_tokens)
+        prompts_too = "sequence_entropy" in self.args.sample_needs
+        whole = [replace(sample, labels=sample.input_ids) for sample in pool] if prompts_too else pool
+        values = self.forward_all(self.scoring_model(model), whole, now, batch_tokens)
+        if prompts_too:
+            values = values.answers_alone(answer_mask(pool))
         for index, score in reused.items():
             values.set_row(index, score.nll, score.entropy)
         if self.cache is not None:

@@ -20,8 +20,17 @@ from ..host.attention import attention_weights
 from ..host.modes import scoring_mode
 from ..method import SampleSelection, budget_size, sample_statistics
 from ..pruners import Answers, Pool
+from ..pruners.authors_code import character_entropy
 from ..pruners.samples import as_selection
-from .sample import Sample, answer_lengths, answer_mask, protected_mask, prune_document
+from .sample import (
+    Sample,
+    answer_lengths,
+    answer_mask,
+    prompt_of,
+    protected_mask,
+    prune_document,
+    sequence_tokens,
+)
 from .scoring import ScoredPool, Scorer, TokenValues, refuse_diverged
 
 
@@ -33,12 +42,16 @@ class Group:
     Args:
         samples (`list[Sample]`): The candidates.
         decided ([`SampleSelection`]): About each.
+        answer_tokens, sequence_tokens (`int`): Of all that were drawn, those without a score too: tokens of their
+            answers, and of prompts and answers all that can be predicted.
         perplexity, entropy (`Tensor` of shape `(samples,)`, float64, *optional*): Their place on the EU plane (entropy
             in nats), if they were scored.
     """
 
     samples: list[Sample]
     decided: SampleSelection
+    answer_tokens: int
+    sequence_tokens: int
     perplexity: Tensor | None = None
     entropy: Tensor | None = None
 
@@ -77,6 +90,7 @@ class Selector:
     args: QTuningSFTConfig
     accelerator: Accelerator
     scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
     protected_ids: set[int]  # tokens that are never pruned
     reference: PreTrainedModel | None = None  # `reference_model`
     base: PreTrainedModel | None = None  # the model as it was, if it is trained whole; an adapter can be switched off
@@ -84,6 +98,11 @@ class Selector:
     def __post_init__(self) -> None:
         self.sample_pruner = pruners.sample_pruner(self.args.sample_pruner)
         self.token_pruner = pruners.token_pruner(self.args.token_pruner)
+
+    @property
+    def _together(self) -> bool:
+        """Whether the candidates of several processes are compared with each other."""
+        return self.args.selection_scope == "all_processes" and self.accelerator.num_processes > 1
 
     # Stage 1
 
@@ -103,8 +122,10 @@ class Selector:
             decided = self._select(columns, len(candidates), number, state)
             if decided is None:
                 continue
-            selection.groups.append(Group(samples, decided, columns.get("perplexity"), columns.get("entropy")))
-            prune = decided.prune_tokens if self.args.token_pruner == "q_tuning" else decided.keep
+            tokens = sum(answer_lengths(candidates)), sequence_tokens(candidates)
+            entropy = columns.get("sequence_entropy", columns.get("entropy"))  # whichever makes the plane
+            selection.groups.append(Group(samples, decided, *tokens, columns.get("perplexity"), entropy))
+            prune = decided.prune_tokens if "marked" in self.token_pruner.needs else decided.keep
             for index in decided.keep.nonzero().flatten().tolist():
                 if prune[index]:
                     selection.to_prune.append(len(selection.survivors))
@@ -120,6 +141,13 @@ class Selector:
             perplexity, entropy = sample_statistics(values.nll, values.entropy, values.answer_mask)
             refuse_diverged(perplexity.isfinite() & entropy.isfinite(), self.args, state)
             columns |= {"perplexity": perplexity, "entropy": entropy}
+            if values.sequence_entropy is not None:
+                columns["sequence_entropy"] = values.sequence_entropy
+        if "prompts" in self.sample_pruner.needs:
+            prompts = self.tokenizer.batch_decode([prompt_of(sample).tolist() for sample in samples])
+            columns["prompt_characters"] = torch.tensor([len(text) for text in prompts])
+            entropies = [character_entropy(text) for text in prompts]
+            columns["prompt_character_entropy"] = torch.tensor(entropies, dtype=torch.float64)
         if "column" in self.sample_pruner.needs:
             scores = [sample.column for sample in samples]
             marks = all(isinstance(score, bool) for score in scores)
@@ -134,7 +162,7 @@ class Selector:
 
         As many survive as the budget leaves of all that were drawn.
         """
-        if self.args.selection_scope != "all_processes" or self.accelerator.num_processes == 1:
+        if not self._together:
             return self._select_of(columns, drawn, self.accelerator.process_index, number, state)
         parts = gather_object([(columns, drawn)])
         everyone = {name: torch.cat([part[0][name] for part in parts]) for name in columns}
@@ -157,6 +185,7 @@ class Selector:
             sample_ratio=ratio,
             generator=self._generator(state, process, number),
             progress=state.global_step / state.max_steps,
+            stop_at_budget=self.args.bisection == "budget",
             infobatch_annealing=self.args.infobatch_annealing,
         )
         return as_selection(self.sample_pruner.prune(pool), pool, weighted="weights" in self.sample_pruner.needs)
@@ -168,9 +197,11 @@ class Selector:
 
     # Stage 2
 
-    def answers(self, model: PreTrainedModel, selection: Selection, batch_tokens: int, state: TrainerState) -> Answers:
+    def answers(
+        self, model: PreTrainedModel, selection: Selection, batch_tokens: int, state: TrainerState
+    ) -> list[Answers]:
         """
-        What the token pruner is given, with the forwards that it takes.
+        What the token pruner is given of each group, with the forwards that it takes.
 
         Args:
             model ([`~transformers.PreTrainedModel`]): The model that is trained.
@@ -178,10 +209,24 @@ class Selector:
             batch_tokens (`int`): Tokens to score at once, padding included.
             state (`TrainerState`): Of the run.
         """
-        needs = self.args.token_needs
         samples = [selection.survivors[index] for index in selection.to_prune]
-        mask = answer_mask(samples)
-        values: dict[str, Any] = {}
+        values = self._values(model, samples, selection.nll, batch_tokens, state)
+        generator = self._generator(state, self.accelerator.process_index, 0, 1)
+        answers: list[Answers] = []
+        first = start = 0
+        for group, kept in selection.by_group():
+            end = start + sum(first <= index < first + len(kept) for index in selection.to_prune)
+            rows = slice(start, end)
+            answers.append(self._answers_of(model, group, kept, samples[rows], rows, values, generator))
+            first, start = first + len(kept), end
+        return answers
+
+    def _values(
+        self, model: PreTrainedModel, samples: list[Sample], nll: Tensor | None, batch_tokens: int, state: TrainerState
+    ) -> dict[str, Tensor]:
+        """Per-token values of the samples that the token pruner needs; `nll`, if stage 1 has scored them."""
+        needs = self.args.token_needs
+        values: dict[str, Tensor] = {}
 
         def forward(scoring_model: PreTrainedModel) -> Tensor:
             nll = self.scorer.forward_all(scoring_model, samples, list(range(len(samples))), batch_tokens).nll
@@ -190,23 +235,53 @@ class Selector:
 
         if "scores" in needs and "scores" not in self.sample_pruner.needs:
             values["nll"] = forward(self.scorer.scoring_model(model))
-        elif "scores" in needs and selection.nll is not None:
-            values["nll"] = selection.nll[:, : mask.shape[1]]
+        elif "scores" in needs:
+            values["nll"] = torch.zeros((0, 0), dtype=torch.float64) if nll is None else nll
         if self.reference is not None:
             values["reference_nll"] = forward(self.reference)
         if "base" in needs:
             with nullcontext() if self.base is not None else cast(PeftModel, model).disable_adapter():
                 values["base_nll"] = forward(self.base or model)
-        if "attention" in needs:
-            values["attention"] = partial(self._attention, model, samples)
-            values["embeddings"] = partial(self._embeddings, model, samples)
+        return values
+
+    def _answers_of(
+        self,
+        model: PreTrainedModel,
+        group: Group,
+        kept: list[Sample],
+        samples: list[Sample],
+        rows: slice,
+        values: dict[str, Tensor],
+        generator: torch.Generator,
+    ) -> Answers:
+        """What the token pruner is given of a group: of its survivors `kept`, the `samples` that it prunes."""
+        mask = answer_mask(samples)
+        whole = sum(answer_lengths(kept)) - int(mask.sum())
+        tokens = np.array([group.answer_tokens, whole, group.sequence_tokens, sequence_tokens(kept)])
+        if self._together:
+            tokens = sum(gather_object([tokens]))
+        in_pool, whole, of_sequences, of_survivors = tokens.tolist()
+        budget = None
+        if self.args.token_budget == "pool":
+            asked = budget_size(self.args.sample_ratio * self.args.token_ratio, in_pool)
+            budget = max(0, asked - whole)
+        attends = "attention" in self.args.token_needs
         return Answers(
             answer_mask=mask,
             protected=protected_mask(samples, self.protected_ids, mask.shape),
             token_ratio=self.args.token_ratio,
-            generator=self._generator(state, self.accelerator.process_index, 0, 1),
+            generator=generator,
+            lengths=torch.tensor([len(sample) for sample in samples], dtype=torch.int64),
+            sample_ratio=self.args.sample_ratio,
+            budget=budget,
+            sequence_tokens=of_sequences,
+            survivor_tokens=of_survivors,
+            gather=(lambda value: gather_object([value])) if self._together else (lambda value: [value]),
+            process=self.accelerator.process_index if self._together else 0,
             neighbor_weight=self.args.neighbor_weight,
-            **values,
+            attention=partial(self._attention, model, samples) if attends else None,
+            embeddings=partial(self._embeddings, model, samples) if attends else None,
+            **{name: value[rows, : mask.shape[1]] for name, value in values.items()},
         )
 
     def _attention(self, model: PreTrainedModel, samples: list[Sample], layer: int) -> list[Tensor]:
@@ -221,13 +296,15 @@ class Selector:
     def _ids(self, sample: Sample) -> Tensor:
         return torch.from_numpy(sample.input_ids).to(self.args.device)
 
-    def prune_tokens(self, selection: Selection, answers: Answers) -> Selection:
+    def prune_tokens(self, selection: Selection, answers: list[Answers]) -> Selection:
         """Stage 2: the survivors that are to be pruned lose tokens of their answers; the others stay whole."""
         survivors = list(selection.survivors)
-        if selection.to_prune:
-            keep_tokens = self.token_pruner.prune(answers).numpy()
-            for index, keep in zip(selection.to_prune, keep_tokens, strict=True):
-                survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
+        indices = iter(selection.to_prune)
+        for of_group in answers:
+            # Processes that are compared with each other prune together, also those that have nothing to prune.
+            if len(of_group.answer_mask) or self._together:
+                for keep, index in zip(self.token_pruner.prune(of_group).numpy(), indices, strict=False):
+                    survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
         return replace(selection, survivors=survivors)
 
 

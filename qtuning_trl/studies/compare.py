@@ -31,12 +31,15 @@ class Run:
         budget (`str`): Samples x tokens to keep, in per cent.
         seed (`int`): Seed of the run.
         options (`dict`): What it changes in the recipe.
+        tokens (`float`, *optional*): Share of the answer tokens that it is to be trained on, in per cent, if the
+            comparison fixes that.
     """
 
     pruner: str
     budget: str
     seed: int
     options: dict[str, Any] = field(hash=False)
+    tokens: float | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +67,10 @@ class Comparison:
         recipe (`str`): Recipe that every run starts from; relative to the file.
         pruners (`list`): Rows to compare: a name such as `q_tuning`, `random + random` (sample pruner + token pruner),
             or a mapping with a `name`, options of `qtuning sft` and, if they differ, `budgets` of its own.
-        budgets (`list[str]`): Samples x tokens to keep, in per cent.
+        budgets (`list[str]`, *optional*): Samples x tokens to keep, in per cent.
+        tokens (`list[float]`, *optional*): Instead, shares of the answer tokens to train on, in per cent: each row gets
+            the `sample_ratio` that its `token_ratio` (0.5; 1 where no token is pruned) needs for that, unless it names
+            one itself, and `token_budget: pool`, which holds the share. A row may have `tokens` of its own.
         seeds (`list[int]`): At least two, for an interval.
         output_dir (`str`): Where the runs and the table go.
         options (`dict`): Options of `qtuning sft` for every run.
@@ -75,9 +81,10 @@ class Comparison:
 
     recipe: str
     pruners: list[Any]
-    budgets: list[str]
     seeds: list[int]
     output_dir: str
+    budgets: list[str] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     accuracy: str | None = None
     title: str | None = None
@@ -87,15 +94,43 @@ class Comparison:
 
     def runs(self) -> list[Run]:
         """Every run of the grid, seed by seed, so that an early look sees all rows; the two references come first."""
-        rows: list[tuple[str, str, dict[str, Any]]] = [
-            (ZERO_SHOT, FULL_BUDGET, {"budget": FULL_BUDGET}),
-            (FULL_DATA, FULL_BUDGET, {"budget": FULL_BUDGET}),
+        rows: list[tuple[str, str, dict[str, Any], float | None]] = [
+            (ZERO_SHOT, FULL_BUDGET, {"budget": FULL_BUDGET}, None),
+            (FULL_DATA, FULL_BUDGET, {"budget": FULL_BUDGET}, None),
         ]
         for pruner in self.pruners:
             name, options = pruner_options(pruner)
-            budgets = options.pop("budgets", self.budgets)
-            rows += [(name, budget, {**options, "budget": budget}) for budget in budgets]
-        return [Run(name, budget, seed, options) for seed in self.seeds for name, budget, options in rows]
+            budgets, tokens = options.pop("budgets", self.budgets), options.pop("tokens", self.tokens)
+            if tokens:
+                rows += [(name, *at_equal_tokens(name, options, share), share) for share in tokens]
+            else:
+                rows += [(name, budget, {**options, "budget": budget}, None) for budget in budgets]
+        return [Run(row, budget, seed, options, share) for seed in self.seeds for row, budget, options, share in rows]
+
+
+def at_equal_tokens(name: str, options: dict[str, Any], tokens: float) -> tuple[str, dict[str, Any]]:
+    """
+    Budget and options of a row that is to be trained on a share of the answer tokens.
+
+    Args:
+        name (`str`): The row.
+        options (`dict`): Its options.
+        tokens (`float`): The share, in per cent.
+
+    Raises:
+        `ValueError`: If it would take more samples than there are.
+    """
+    whole = options.get("token_pruner") == "none"
+    token_ratio = 1.0 if whole else options.get("token_ratio", 0.5)
+    sample_ratio = options.get("sample_ratio", tokens / 100 / token_ratio)
+    if not 0 < sample_ratio <= 1:
+        raise ValueError(
+            f"`tokens` is {tokens} and {name!r} has a `token_ratio` of {token_ratio}: {sample_ratio:g} of the samples "
+            "would be needed; give it a higher `token_ratio`, or lower `tokens`."
+        )
+    budget = f"{100 * sample_ratio:.6g}x{100 * token_ratio:.6g}"
+    others = {name: value for name, value in options.items() if name not in ("sample_ratio", "token_ratio")}
+    return budget, {"token_budget": "pool", **others, "budget": budget}
 
 
 def load_comparison(path: str | Path) -> Comparison:
@@ -118,16 +153,23 @@ def load_comparison(path: str | Path) -> Comparison:
     unknown = sorted(set(content) - set(fields))
     if unknown:
         raise ValueError(f"`{unknown[0]}` in {path} is no key of a comparison: use {', '.join(fields)}.")
-    missing = [name for name in ("recipe", "pruners", "budgets", "seeds", "output_dir") if not content.get(name)]
+    missing = [name for name in ("recipe", "pruners", "seeds", "output_dir") if not content.get(name)]
     if missing:
         raise ValueError(f"`{missing[0]}` is missing in {path}: give it a value.")
-    for name in ("pruners", "budgets", "seeds"):
-        if not isinstance(content[name], list):
+    if bool(content.get("budgets")) == bool(content.get("tokens")):
+        raise ValueError(f"`budgets` or `tokens` in {path}: give one of them, samples x tokens or tokens alone.")
+    for name in ("pruners", "budgets", "tokens", "seeds"):
+        if content.get(name) is not None and not isinstance(content[name], list):
             raise ValueError(f"`{name}` in {path} is {content[name]!r}: give a list, such as [{content[name]}].")
+    wrong = [share for share in content.get("tokens") or [] if type(share) not in (int, float) or not 0 < share <= 100]
+    if wrong:
+        raise ValueError(
+            f"`tokens` in {path} has {wrong[0]!r}: give shares of the answer tokens, in per cent, like 12.5."
+        )
     wrong = [seed for seed in content["seeds"] if type(seed) is not int]
     if wrong:
         raise ValueError(f"`seeds` in {path} has {wrong[0]!r}: give whole numbers.")
-    comparison = Comparison(**content)
+    comparison = Comparison(**{name: value for name, value in content.items() if value is not None})
     if not Path(comparison.recipe).exists():
         comparison.recipe = str(path.parent / comparison.recipe)
     if not Path(comparison.recipe).is_file():
@@ -211,16 +253,16 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     One row a pruner and budget, in the order of the grid.
 
     Returns:
-        `list[dict]`: `pruner`, `budget`, `seeds` (finished), `failures`; for each metric that was measured an
-        [`Estimate`] and the p value of the paired test against full data; medians of `kept_samples`, `kept_tokens`
-        (shares), `seconds`, `seconds_selecting`, `peak_bytes`.
+        `list[dict]`: `pruner`, `budget`, `seeds` (finished), `failures`, `tokens_asked` where the share is fixed; for
+        each metric that was measured an [`Estimate`] and the p value of the paired test against full data; medians of
+        `kept_samples`, `kept_tokens` (shares), `seconds`, `seconds_selecting`, `peak_bytes`.
     """
-    rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    rows: dict[tuple[str, str, float | None], dict[int, dict[str, Any]]] = {}
     for run, result in results.items():
-        rows.setdefault((run.pruner, run.budget), {})[run.seed] = result
-    full = rows.get((FULL_DATA, FULL_BUDGET), {})
+        rows.setdefault((run.pruner, run.budget, run.tokens), {})[run.seed] = result
+    full = rows.get((FULL_DATA, FULL_BUDGET, None), {})
     table = []
-    for (pruner, budget), by_seed in rows.items():
+    for (pruner, budget, tokens), by_seed in rows.items():
         done = {seed: result for seed, result in by_seed.items() if "failure" not in result}
         failures = [f"seed {seed}: {result['failure']}" for seed, result in by_seed.items() if "failure" in result]
         row: dict[str, Any] = {"pruner": pruner, "budget": budget, "seeds": sorted(done), "failures": failures}
@@ -232,6 +274,8 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
             if pruner != FULL_DATA:
                 reference = {seed: r[metric] for seed, r in full.items() if r.get(metric) is not None}
                 row[f"{metric}_p"] = paired_p_value(values, reference)
+        if tokens is not None:
+            row["tokens_asked"] = tokens / 100
         for name in ("kept_samples", "kept_tokens", "seconds", "seconds_selecting", "peak_bytes"):
             figures = [result[name] for result in done.values() if result.get(name) is not None]
             row[name] = statistics.median(figures) if figures else None
@@ -264,7 +308,7 @@ def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
             ("seconds", "{:.1f}"),
             ("seconds_selecting", "{:.1f}"),
         ):
-            line.append(_number(row[name], form))
+            line.append(_number(row[name], form) + (_far_from_asked(row) if name == "kept_tokens" else ""))
         line.append(_number(None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20, "{:.0f}"))
         cells.append(line)
     return headings, cells
@@ -286,6 +330,12 @@ def _verdict(row: dict[str, Any], metric: str, full: dict[str, Any]) -> str:
         return text
     higher = row[metric].mean > full[metric].mean
     return f"{text} {'better' if higher == (metric == 'accuracy') else 'worse'}"
+
+
+def _far_from_asked(row: dict[str, Any]) -> str:
+    """A mark where the share of tokens is more than a tenth away from what the comparison fixes."""
+    asked, reached = row.get("tokens_asked"), row["kept_tokens"]
+    return "" if asked is None or reached is None or abs(reached - asked) <= 0.1 * asked else f" (asked: {asked:.2%})"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -324,7 +374,7 @@ def to_json(comparison: Comparison, results: dict[Run, dict[str, Any]]) -> dict[
         "rows": rows,
         "runs": [
             {
-                **{name: getattr(run, name) for name in ("pruner", "budget", "seed", "options")},
+                **{name: getattr(run, name) for name in ("pruner", "budget", "seed", "options", "tokens")},
                 **{name: value for name, value in result.items() if name != "versions"},
             }
             for run, result in results.items()

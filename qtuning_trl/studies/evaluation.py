@@ -1,241 +1,285 @@
-"""What `qtuning eval` reports: the paper's tasks and the metric of each, their averages, and the table of a run."""
+"""Running lm-eval's tasks on a model: what `qtuning eval` does between its options and its record."""
 
-import hashlib
-import json
+import difflib
+import logging
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-BASE, ADAPTER, MODEL = "base", "adapter", "model"
+from .evaluation_model import cause
+from .evaluation_record import (
+    ALIGNMENT,
+    BY_TASK,
+    MODEL,
+    PAPER_PROTOCOL,
+    REASONING,
+    averages,
+    sha256,
+    task_row,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
+
+    from ..trainer import QTuningSFTTrainer
+
+PAPER_TASK_FILES = Path(__file__).parent / "paper_tasks"
+
+# Tasks
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | None, tokenizer: str | None = None
+) -> tuple["TaskManager", dict[str, dict[str, Any]]]:
+    """
+    Load the tasks with their data: lm-eval's, those of the paper's protocol, and one's own.
+
+    Args:
+        names (`Sequence[str]`): Names of tasks and groups.
+        include_path (`str`, *optional*): Folder of task files, which take precedence.
+        tokenizer (`str`, *optional*): Name or folder of the tokenizer, for tasks that count tokens.
+
+    Returns:
+        `tuple[TaskManager, dict]`: lm-eval's manager of tasks; its `tasks` and `groups` by name.
+
+    Raises:
+        `ValueError`: If there is no task of a name, or its data cannot be had.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from lm_eval.tasks import TaskManager
+
+    hub_logging.set_verbosity_error()  # it would tell of every attempt to connect
+    folders: list[str | Path] = [PAPER_TASK_FILES, *([include_path] if include_path else [])]
+    metadata: Any = {"tokenizer": tokenizer} if tokenizer else None
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=folders, metadata=metadata)  # takes five seconds
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
+        remedy = f"do you mean {nearest[0]!r}?" if nearest else "`lm-eval ls tasks` lists lm-eval's."
+        raise ValueError(f"`--tasks` has {unknown[0]!r}, which is no task: {remedy}")
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    for name in names:
+        try:
+            with _quiet("lm_eval.api.task") if name in BY_TASK else nullcontext():
+                found = manager.load([name])
+        except Exception as error:  # whatever the libraries below, or a task's own code, may raise
+            raise ValueError(
+                f"`--tasks` has {name!r}, whose data cannot be loaded ({cause(error)}): lm-eval's tasks fetch theirs "
+                "from the Hub, so check the connection; your own task files (`--include_path`) can name local ones."
+            ) from error
+        loaded["tasks"].update(found["tasks"])
+        loaded["groups"].update(found["groups"])
+    return manager, loaded
+
+
+def row_names(loaded: dict[str, dict[str, Any]]) -> list[str]:
+    """Tasks, and for those of a group with a figure of its own the outermost group."""
+    owner = {}
+    for name, group in reversed(list(loaded["groups"].items())):  # outer groups come first
+        if group.has_aggregation:
+            owner.update(dict.fromkeys((task.task_name for task in group.get_all_tasks()), name))
+    return list(dict.fromkeys(owner.get(name, name) for name in loaded["tasks"]))
+
+
+def task_record(
+    row: str,
+    manager: "TaskManager",
+    loaded: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]],
+    limit: int | None,
+) -> dict[str, Any]:
+    """What the record says of a task, with the file that defines it."""
+    group = loaded["groups"].get(row)
+    leaves = [row] if group is None else [task.task_name for task in group.get_all_tasks()]
+    return {**task_row(row, leaves, results, limit), "source": str(manager.task_index[row].yaml_path)}
+
+
+# The run
 
 
 @dataclass(frozen=True)
-class PaperTask:
+class Options:
     """
-    A task of the paper, and what stands for it in lm-eval (docs/evaluation.md says why).
+    How tasks are run.
 
     Args:
-        name (`str`): Its name in the paper.
-        task (`str`): Its name in lm-eval, a task or a group of tasks.
-        metric (`str`): lm-eval's name of the metric and of the filter that extracts the answer.
-        groups (`tuple[str, ...]`): The paper's averages that it is part of.
-        scale (`float`): What makes lm-eval's figure a share from 0 to 1.
-        counted (`Callable`, *optional*): Whether the metric is about a document. If `None`, about all.
+        batch_size (`str`): Samples at once, or "auto" for what fits.
+        limit (`int`, *optional*): Samples of each task; all of them if `None`.
+        num_fewshot (`int`, *optional*): Examples in the prompt; what each task says if `None`.
+        apply_chat_template (`bool`): Whether the prompts are put in the tokenizer's chat template.
+        temperature (`float`, *optional*): Replies are sampled at it from the whole vocabulary; with 0.0 they are
+            greedy; if `None`, they are what each task says.
+        seed (`int`): Seed of the sampling. Another batch size, too, gives other replies.
     """
 
-    name: str
-    task: str
-    metric: str
-    groups: tuple[str, ...]
-    scale: float = 1.0
-    counted: Callable[[Mapping[str, Any]], bool] | None = None
+    batch_size: str = "8"
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    temperature: float | None = None
+    seed: int = 1234  # lm-eval's default
 
 
-ALIGNMENT, REASONING = "alignment", "reasoning"
-PAPER_TASKS = (
-    PaperTask("ARC-Easy", "arc_easy", "acc_norm,none", (ALIGNMENT,)),
-    PaperTask("ARC-Challenge", "arc_challenge", "acc_norm,none", (ALIGNMENT,)),
-    PaperTask("GSM8K", "gsm8k", "exact_match,flexible-extract", (ALIGNMENT, REASONING)),
-    # Only the questions that have an answer: lm-eval never counts an abstention as right (its issue #3212).
-    PaperTask(
-        "SQuAD", "squadv2", "HasAns_exact,none", (ALIGNMENT,), 0.01, lambda document: bool(document["answers"]["text"])
-    ),
-    PaperTask("TriviaQA", "triviaqa", "exact_match,remove_whitespace", (ALIGNMENT,)),
-    PaperTask("MATH", "minerva_math", "math_verify,none", (REASONING,)),
-)
-BY_TASK = {paper.task: paper for paper in PAPER_TASKS}
+def evaluate(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    manager: "TaskManager",
+    loaded: dict[str, dict[str, Any]],
+    options: Options,
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` returns for a model as it is now, samples included."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # Warnings about a model that was loaded before, which is what is meant; warnings about prompts stay.
+    with _quiet("lm_eval.models.huggingface"):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size)
+    generation: dict[str, Any] | None = None
+    if options.temperature is not None:
+        generation = {"do_sample": False, "temperature": 0.0}
+    if options.temperature:
+        generation = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
+    with _quiet("lm_eval.evaluator"):
+        return simple_evaluate(
+            model=lm,
+            tasks=[loaded["groups"].get(row) or loaded["tasks"][row] for row in row_names(loaded)],
+            task_manager=manager,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.apply_chat_template,
+            gen_kwargs=generation,
+            torch_random_seed=options.seed,
+        )
 
 
-# The record
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """No warnings from a logger, for a while."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def chosen_metric(task: str, metrics: Mapping[str, Any]) -> str:
-    """The metric that is shown, as `name,filter`: the one in `PAPER_TASKS`, otherwise the first that the task gives."""
-    paper = BY_TASK.get(task)
-    if paper is not None and paper.metric in metrics:
-        return paper.metric
-    return next(name for name in metrics if "," in name and "_stderr," not in name)
-
-
-def task_row(
-    task: str, leaves: Sequence[str], columns: Mapping[str, Mapping[str, Any]], limit: int | None
+def make_record(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    manager: "TaskManager",
+    loaded: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]],
+    options: Options,
+    named: dict[str, Any],
 ) -> dict[str, Any]:
     """
-    What the record says of one task or group of tasks.
+    What `eval.json` says.
 
     Args:
-        task (`str`): Its name in lm-eval.
-        leaves (`Sequence[str]`): The tasks of the group; of a task, itself.
-        columns (`Mapping[str, Mapping]`): For each model, what `lm_eval.simple_evaluate` returned, samples included.
-        limit (`int` or `None`): Samples asked for in each task; `None` for all.
+        model (`PreTrainedModel` or `PeftModel`), tokenizer ([`~transformers.PreTrainedTokenizerBase`]): What ran.
+        manager (`TaskManager`), loaded (`dict`): What [`load_tasks`] returned.
+        results (`dict`): For each column of the table, what [`evaluate`] returned.
+        options ([`Options`]): How the tasks were run.
+        named (`dict`): What the caller knows: `model`, `adapter`, `tokenizer` and whatever else it wants to say.
 
     Returns:
-        `dict`: `task`, `paper_name`, `metric`, `filter`, `num_fewshot`, `samples`, `prompt`, `version`,
-        `config_hash` (SHA-256), and for each model the value, its standard error and `samples_hash`.
+        `dict`: Plain values; docs/evaluation.md describes them.
     """
-    first = next(iter(columns.values()))
-    metric = chosen_metric(task, first["results"][task])
-    name, filter_name = metric.split(",", 1)
-    paper = BY_TASK.get(task)
-    is_paper_metric = paper is not None and metric == paper.metric
-    scale = paper.scale if paper is not None and is_paper_metric else 1.0
-    samples = [sample for leaf in leaves for sample in first["samples"][leaf] if sample["filter"] == filter_name]
-    counted = samples
-    if paper is not None and is_paper_metric and paper.counted is not None:
-        counted = [sample for sample in samples if paper.counted(sample["doc"])]
-    sizes = [first["n-samples"][leaf]["original"] for leaf in leaves]
-    results = {}
-    for column, result in columns.items():
-        metrics = result["results"][task]
-        value, stderr = metrics[metric], metrics.get(f"{name}_stderr,{filter_name}")
-        results[column] = {
-            # Of no sample at all lm-eval would say 0.
-            "value": float(value) * scale if counted else None,
-            "stderr": float(stderr) * scale if isinstance(stderr, (int, float)) else None,
-            "all_metrics": {key: _plain(figure) for key, figure in metrics.items() if "," in key},
-            # lm-eval's own `task_hashes`: equal if two models, or two runs, saw the same documents and prompts.
-            "samples_hash": {leaf: samples_hash(result["samples"][leaf]) for leaf in leaves},
-        }
-    config = first["configs"][leaves[0]]
-    return {
-        "task": task,
-        "paper_name": paper.name if paper else None,
-        "metric": name,
-        "filter": filter_name,
-        "num_fewshot": first["n-shot"].get(task, first["n-shot"][leaves[0]]),
-        "samples": {
-            "in_task": sum(sizes),
-            "asked_for": sum(min(limit or size, size) for size in sizes),
-            "evaluated": len(samples),
-            "counted_by_metric": len(counted),
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        **named,
+        "chat_template": {
+            "applied": options.apply_chat_template,
+            "sha256": sha256(str(tokenizer.get_chat_template())) if options.apply_chat_template else None,
         },
-        "prompt": {
-            "description": config.get("description", ""),
-            "doc_to_text": config.get("doc_to_text"),
-            "first_sample": _first_request(samples[0]),
-        },
-        "version": first["versions"].get(task),
-        "config_hash": sha256(
-            json.dumps({leaf: first["configs"][leaf] for leaf in leaves}, sort_keys=True, default=str)
-        ),
-        "results": results,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "batch_size": options.batch_size,
+        "temperature": options.temperature,
+        "limit": options.limit,
+        **run_facts(next(iter(results.values()))),
+        "columns": list(results),
+        "tasks": [task_record(row, manager, loaded, results, options.limit) for row in row_names(loaded)],
     }
+    record["averages"] = averages(record["tasks"])
+    return record
 
 
-def _first_request(sample: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, rest = sample["arguments"][0]
-    if isinstance(rest, str):
-        return {"prompt": prompt, "continuations": [request[1] for request in sample["arguments"]]}
-    return {"prompt": prompt, "generation_kwargs": rest}
+def run_facts(result: dict[str, Any]) -> dict[str, Any]:
+    """Seeds and the longest sequence that lm-eval used."""
+    config = result["config"]
+    seeds = {name: config[f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")}
+    return {"seeds": seeds, "max_length": result.get("max_length")}
 
 
-def _plain(figure: Any) -> Any:
-    return float(figure) if isinstance(figure, (int, float)) else str(figure)
+def package_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from ..records.run import versions
+
+    return {**versions(), "lm_eval": version("lm_eval")}
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+# `accuracy` of a comparison
 
 
-def samples_hash(samples: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 over the documents, prompts and targets of a task, as lm-eval's result files have it."""
-    return sha256("".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples))
+def paper_reasoning(trainer: "QTuningSFTTrainer") -> float:
+    """The paper's average of GSM8K and MATH (Table 2), see [`paper_accuracy`]; `accuracy` of a comparison names it."""
+    return paper_accuracy(trainer, [paper.task for paper in PAPER_PROTOCOL if REASONING in paper.groups])
 
 
-def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def paper_alignment(trainer: "QTuningSFTTrainer") -> float:
+    """The paper's average of five tasks (Table 1), see [`paper_accuracy`]; `accuracy` of a comparison names it."""
+    return paper_accuracy(trainer, [paper.task for paper in PAPER_PROTOCOL if ALIGNMENT in paper.groups])
+
+
+def paper_accuracy(
+    trainer: "QTuningSFTTrainer", tasks: Sequence[str], include_path: str | None = None, limit: int | None = None
+) -> float:
     """
-    The paper's averages, for the groups of which a task was evaluated.
+    Mean share of right answers of a trainer's model on tasks of the paper's protocol, sampled as theirs.
 
-    An average over only some of its tasks would not be the paper's: then it is `None`, and `missing` says why.
+    The tasks are run twice, greedily and sampled at temperature 1 with the run's seed, `per_device_eval_batch_size`
+    samples at once. What both gave is written beside the model, as `eval_greedy` and `eval_sampled`, .json and .md.
+
+    Args:
+        trainer ([`QTuningSFTTrainer`]): The trainer, before or after training.
+        tasks (`Sequence[str]`): Names of tasks.
+        include_path (`str`, *optional*): Folder of task files, which take precedence.
+        limit (`int`, *optional*): Samples of each task; all of them if `None`.
+
+    Returns:
+        `float`: From 0 to 1.
+
+    Raises:
+        `ValueError`: If there is no task of a name, or its data cannot be had.
     """
-    by_task = {row["task"]: row for row in rows}
-    found = []
-    for group in (ALIGNMENT, REASONING):
-        members = [paper.task for paper in PAPER_TASKS if group in paper.groups]
-        tasks = [task for task in members if task in by_task]
-        if not tasks:
-            continue
-        missing = [task for task in members if task not in by_task]
-        results = {}
-        for column in by_task[tasks[0]]["results"]:
-            values = [by_task[task]["results"][column]["value"] for task in tasks]
-            results[column] = None if missing or None in values else statistics.fmean(values)
-        found.append({"group": group, "tasks": tasks, "missing": missing, "results": results})
-    return found
-
-
-# The table
-
-
-def table_cells(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table that is shown and written; a change is from base model to adapter."""
-    columns = record["columns"]
-    headings = ["task", "metric", "few-shot", "samples", *columns]
-    if len(columns) == 2:
-        headings.append("change")
-    cells = []
-    for row in record["tasks"]:
-        samples = row["samples"]
-        label = f"{row['paper_name']} ({row['task']})" if row["paper_name"] else row["task"]
-        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        count = str(samples["counted_by_metric"])
-        if samples["counted_by_metric"] != samples["in_task"]:
-            count += f" of {samples['in_task']}"
-        values = [row["results"][column]["value"] for column in columns]
-        errors = [row["results"][column]["stderr"] for column in columns]
-        cells.append([label, metric, str(row["num_fewshot"]), count, *_value_cells(values, errors)])
-    for average in record["averages"]:
-        values = [average["results"][column] for column in columns]
-        label = f"average, {average['group']} ({len(average['tasks'])} tasks)"
-        cells.append([label, "", "", "", *_value_cells(values, [None] * len(values))])
-    return headings, cells
-
-
-def _value_cells(values: Sequence[float | None], errors: Sequence[float | None]) -> list[str]:
-    cells = []
-    for value, error in zip(values, errors, strict=True):
-        cells.append("-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-    if len(values) == 2:
-        base, adapter = values
-        cells.append("-" if base is None or adapter is None else f"{adapter - base:+.4f}")
-    return cells
-
-
-def notes(record: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table must know, in sentences."""
-    found = ["A value is lm-eval's, with its standard error; shares of right answers are from 0 to 1."]
-    for average in record["averages"]:
-        if average["missing"]:
-            found.append(
-                f"No average for {average['group']}: {', '.join(average['missing'])} not evaluated "
-                f"(it is over {', '.join(sorted([*average['tasks'], *average['missing']]))})."
-            )
-    for row in record["tasks"]:
-        samples = row["samples"]
-        if samples["evaluated"] != samples["in_task"]:
-            found.append(
-                f"{row['task']}: {samples['evaluated']} of its {samples['in_task']} samples were evaluated, "
-                f"{samples['asked_for']} asked for."
-            )
-        if samples["counted_by_metric"] != samples["evaluated"]:
-            found.append(
-                f"{row['task']}: {row['metric']} is about {samples['counted_by_metric']} of the "
-                f"{samples['evaluated']} samples evaluated."
-            )
-    return found
-
-
-def markdown(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, with what was evaluated above and the notes below."""
-    headings, cells = table_cells(record)
-    versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    lines = ["## qtuning eval", "", f"Model `{record['model']}`"]
-    if record["adapter"]:
-        lines[-1] += f", adapter `{record['adapter']['path']}`"
-    chat = "with the chat template" if record["chat_template"]["applied"] else "without a chat template"
-    lines[-1] += f"; prompts {chat}; {record['date']}."
-    lines += ["", f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-    lines += [f"| {' | '.join(line)} |" for line in cells]
-    lines += ["", *(f"- {note}" for note in notes(record)), "", versions]
-    return "\n".join(lines) + "\n"
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
+    folder = Path(str(trainer.args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    manager, loaded = load_tasks(tasks, include_path, tokenizer.name_or_path)
+    was_training = model.training
+    model.eval()
+    shares = []
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        options = Options(
+            str(trainer.args.per_device_eval_batch_size), limit, temperature=temperature, seed=trainer.args.seed
+        )
+        results = {MODEL: evaluate(model, tokenizer, manager, loaded, options)}
+        named = {"model": model.name_or_path, "adapter": None, "tokenizer": tokenizer.name_or_path}
+        record = make_record(model, tokenizer, manager, loaded, results, options, named)
+        write_record(folder, record, f"eval_{name}")
+        shares.append(statistics.fmean(row["results"][MODEL]["value"] for row in record["tasks"]))
+    model.train(was_training)
+    return shares[-1]

@@ -1,6 +1,5 @@
-"""A model and its adapter, loaded to be evaluated, and checked to be two different things."""
+"""The model that is evaluated, its tokenizer, and its adapter, with the check that the adapter does something."""
 
-import argparse
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECK_TEXT = "Question: What is 7 + 5?\nAnswer: 7 + 5 = 12."
+
+
+def pick_device(device: str | None) -> str:
+    """The device asked for, or an accelerator if there is one."""
+    import torch
+
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return str(found or "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"`--device` is {device!r}: give one such as 'cpu', 'cuda' or 'cuda:1'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`--device` is {device!r}: PyTorch finds no such device here; give 'cpu'.")
+    return device
 
 
 def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]:
@@ -51,7 +66,7 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]
 
 
 def cause(error: Exception) -> str:
-    """The first sentence of an error."""
+    """The first sentence of an error, without its period."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
@@ -62,7 +77,9 @@ def same_model(name: str, other: str) -> bool:
     return name == other or Path(name).resolve() == Path(other).resolve()
 
 
-def load_tokenizer(arguments: argparse.Namespace, model: str) -> tuple["PreTrainedTokenizerBase", str]:
+def load_tokenizer(
+    tokenizer: str | None, adapter: str | None, model: str, with_chat_template: bool = False
+) -> tuple["PreTrainedTokenizerBase", str]:
     """
     The tokenizer, and where it is from: by default where training saved it, beside the adapter.
 
@@ -71,22 +88,21 @@ def load_tokenizer(arguments: argparse.Namespace, model: str) -> tuple["PreTrain
     """
     from transformers import AutoTokenizer
 
-    name = arguments.tokenizer
+    name = tokenizer
     if name is None:
-        beside = arguments.adapter and (Path(arguments.adapter) / "tokenizer_config.json").is_file()
-        name = arguments.adapter if beside else model
+        name = adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer can be loaded from {name!r} ({cause(error)}): name one with `--tokenizer`."
         ) from error
-    if arguments.apply_chat_template and not tokenizer.chat_template:
+    if with_chat_template and not loaded.chat_template:
         raise ValueError(
             f"`--apply_chat_template` is given, but the tokenizer of {name!r} has no chat template: leave it out, or "
             "name a tokenizer that has one with `--tokenizer`."
         )
-    return tokenizer, name
+    return loaded, name
 
 
 def load_model(name: str, dtype: str, device: str, load_in_4bit: bool) -> "PreTrainedModel":
