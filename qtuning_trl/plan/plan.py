@@ -100,6 +100,7 @@ class Plan:
         setting ([`Setting`]): The settings that memory and time depend on.
         card (`float`, *optional*): GiB of the card that is planned for.
         memory ([`Memory`]): Peaks.
+        least (`int`): The peak of the run if `auto` finds no room at all, in bytes: what a card must have.
         verdict (`dict`): Of each card, `fits`, `tight` or `does not fit`.
         time (`dict`): Of a step, as shares of plain SFT's: `scoring`, `training`, `step`.
         run (`dict`): `candidates` and `survivors` of a step; `steps` and `tokens` of the run, if the data is known.
@@ -111,6 +112,7 @@ class Plan:
     setting: Setting
     card: float | None
     memory: Memory
+    least: int
     verdict: dict[str, str]
     time: dict[str, float]
     run: dict[str, Any]
@@ -332,14 +334,15 @@ class Planner:
         """The plan of the recipe, in its own settings unless others are given."""
         setting = setting or self.setting
         memory = self.memory(setting, card)
-        least = memory if card is None else self.memory(setting)
+        least = memory.bytes if card is None else self.memory(setting).bytes
         cards = CARDS if card is None else (card,)
         return Plan(
             model=str(self.model_args.model_name_or_path),
             setting=setting,
             card=card,
             memory=memory,
-            verdict={f"{size:g}": verdict(least.bytes, size) for size in cards},
+            least=least,
+            verdict={f"{size:g}": verdict(least, size) for size in cards},
             time=self.time(setting, memory),
             run=self._run(setting),
             lengths=self._lengths(),
