@@ -17,13 +17,11 @@ from qtuning_trl.studies.dataset_scoring import (
     BatchSize,
     PartialScores,
     TokenPruning,
-    finished_rows,
-    output_features,
     scorable_rows,
     score_rows,
     select_rows,
-    write_rows,
 )
+from qtuning_trl.studies.scored_data import finished_rows, output_features, write_rows
 
 PART = 1000
 

@@ -17,11 +17,11 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..config import QTuningSFTConfig
 from ..method import SampleSelection
 from ..step.sample import Sample, answer_lengths
 
 if TYPE_CHECKING:
+    from ..config import QTuningSFTConfig
     from ..step.scoring import ScoredPool
     from ..step.selection import Group, Selection
 
@@ -142,7 +142,7 @@ class StepCounts:
 
 
 def count_step(
-    args: QTuningSFTConfig,
+    args: "QTuningSFTConfig",
     groups: list[list[Sample]],
     candidates: list[list[Sample]],
     pool: "ScoredPool",
@@ -325,7 +325,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
+def run_summary(record: RunRecord, args: "QTuningSFTConfig") -> dict[str, Any]:
     """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
     config = json.loads(json.dumps(args.to_dict(), default=str))
     return {**record.summary(), "num_processes": args.world_size, "config": config}
