@@ -17,11 +17,11 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..config import QTuningSFTConfig
 from ..method import SampleSelection
 from ..step.sample import Sample, answer_lengths
 
 if TYPE_CHECKING:
+    from ..config import QTuningSFTConfig
     from ..step.scoring import ScoredPool
     from ..step.selection import Group, Selection
 
@@ -145,7 +145,7 @@ class StepCounts:
 
 
 def count_step(
-    args: QTuningSFTConfig,
+    args: "QTuningSFTConfig",
     groups: list[list[Sample]],
     candidates: list[list[Sample]],
     pool: "ScoredPool",
@@ -340,6 +340,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+<<<<<<< HEAD
 def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:
     """
     What a budget asks for: the shares of the samples and of all answer tokens.
@@ -350,6 +351,9 @@ def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:
 
 
 def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
+=======
+def run_summary(record: RunRecord, args: "QTuningSFTConfig") -> dict[str, Any]:
+>>>>>>> house
     """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
     config = json.loads(json.dumps(args.to_dict(), default=str))
     summary = record.summary()
