@@ -17,8 +17,8 @@ __all__ = ["QTuningSFTConfig", "QTuningSFTTrainer", "load_record", "plot_eu_plan
 _MODULES = {
     "QTuningSFTConfig": ".config",
     "QTuningSFTTrainer": ".trainer",
-    "load_record": ".sample_record",
-    "plot_eu_plane": ".plots",
+    "load_record": ".records.samples",
+    "plot_eu_plane": ".report.plots",
 }
 
 

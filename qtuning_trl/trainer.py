@@ -34,6 +34,7 @@ from .records.card import PAPER, add_facts
 from .records.run import (
     RunRecord,
     StepCounts,
+    asked_shares,
     count_step,
     count_unpruned_step,
     pool_columns,
@@ -332,7 +333,11 @@ class QTuningSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the optimizer steps since the last log, under `qtuning/`."""
         if self.model.training:
-            logs.update(self.run_record.pop_metrics())
+            metrics = self.run_record.pop_metrics()
+            for what, asked in asked_shares(self.args.sample_ratio, self.args.token_ratio).items():
+                if f"qtuning/kept_{what}_share" in metrics:
+                    metrics[f"qtuning/kept_{what}_asked"] = asked
+            logs.update(metrics)
         super().log(logs, start_time)
 
     def summary(self) -> dict[str, Any]:

@@ -17,13 +17,11 @@ from qtuning_trl.studies.dataset_scoring import (
     BatchSize,
     PartialScores,
     TokenPruning,
-    finished_rows,
-    output_features,
     scorable_rows,
     score_rows,
     select_rows,
-    write_rows,
 )
+from qtuning_trl.studies.scored_data import finished_rows, output_features, pruned_rows, write_rows
 
 PART = 1000
 
@@ -66,7 +64,9 @@ def main() -> None:
         for part in parts:
             place = slice(part * PART, (part + 1) * PART)
             documents = scorable_rows(prepared, place)
-            yield finished_rows(documents, partial.read(part), decisions.rows(place), pruning, original, "all", False)
+            scores, decided = partial.read(part), decisions.rows(place)
+            documents = pruned_rows(documents, scores, decided, pruning)
+            yield finished_rows(documents, scores, decided, original, "all", False)
             peaks.append(anonymous_bytes())
 
     features = output_features(original.features, "all")

@@ -1,6 +1,8 @@
 """The house: no room is too big, none is in a circle of imports, and the walk of a sample goes one way."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,14 @@ def imports(path: Path) -> set[str]:
                 submodule = f"{source}.{alias.name}"
                 found.add(submodule if submodule in NAMES or f"{submodule}.__init__" in NAMES else source)
     return {name if name in NAMES else f"{name}.__init__" for name in found} & NAMES.keys()
+
+
+def test_what_the_package_offers_is_in_the_package():
+    """Asked in a fresh process, which finds modules in this folder alone."""
+    code = "import qtuning_trl, sys; [getattr(qtuning_trl, name) for name in qtuning_trl.__all__]"
+    code += "; print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('qtuning_trl.')), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert {Path(line) for line in done.stdout.splitlines()} <= SOURCES.keys()
 
 
 def test_no_module_class_or_function_is_too_long():

@@ -13,12 +13,12 @@ import yaml
 from conftest import prompt_completion_rows, random_words, save_tokenizer, tiny_llama
 from datasets import load_dataset
 from lm_eval.tasks._yaml_loader import load_yaml
-from qtuning_trl.compare import RESULT_NAME, load_comparison
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtuning_trl import cli
 from qtuning_trl.scripts.sft import parse
+from qtuning_trl.studies.compare import RESULT_NAME, load_comparison
 from qtuning_trl.studies.evaluation import PAPER_TASK_FILES, Options, evaluate, load_tasks
 from qtuning_trl.studies.evaluation_record import MODEL, PAPER_PROTOCOL, notes
 from qtuning_trl.studies.paper_tasks.scoring import (

@@ -287,6 +287,7 @@ def weighted_gradient(rows: list[dict], weights: list[float]) -> dict[str, torch
 
 
 PAIRS = [
+    ("q_tuning", "q_tuning", {"token_budget": "pool"}),
     ("q_tuning_code", "q_tuning_code", {"selection_scope": "micro_batch", "per_device_train_batch_size": 8}),
     ("longest_code", "hardest", {"token_budget": "pool"}),
     ("entropy_code", "easiest", {"token_budget": "pool", "token_pruning": "drop"}),

@@ -27,6 +27,14 @@ SCENARIOS: dict[str, dict] = {
         "token_pruner": "random",
     },
     "rho1": {"budget": "50x50", "sample_pruner": "longest", "token_pruner": "rho1"},
+    "pool": {"budget": "50x50", "selection_scope": "all_processes", "token_budget": "pool", "token_pruner": "hardest"},
+    "pool_q2": {"budget": "50x50", "selection_scope": "all_processes", "token_budget": "pool"},
+    "code": {
+        "budget": "50x50",
+        "selection_scope": "micro_batch",
+        "sample_pruner": "q_tuning_code",
+        "token_pruner": "q_tuning_code",
+    },
     "infobatch": {"budget": "50x50", "selection_scope": "all_processes", "sample_pruner": "infobatch"},
 }
 

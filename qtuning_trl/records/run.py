@@ -17,11 +17,11 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..config import QTuningSFTConfig
 from ..method import SampleSelection
 from ..step.sample import Sample, answer_lengths
 
 if TYPE_CHECKING:
+    from ..config import QTuningSFTConfig
     from ..step.scoring import ScoredPool
     from ..step.selection import Group, Selection
 
@@ -145,7 +145,7 @@ class StepCounts:
 
 
 def count_step(
-    args: QTuningSFTConfig,
+    args: "QTuningSFTConfig",
     groups: list[list[Sample]],
     candidates: list[list[Sample]],
     pool: "ScoredPool",
@@ -294,13 +294,20 @@ class RunRecord(TrainerCallback, ExportableState):
         self._training_since = time.perf_counter()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Mean of each metric over the optimizer steps since the last call; empty if there was none."""
+        """
+        Mean of each metric over the optimizer steps since the last call, and the shares of samples and of answer tokens
+        that were kept in them; empty if there was none.
+        """
         sums: dict[str, list[float]] = defaultdict(list)
         for step in self.window:
             for name, value in step.items():
                 sums[name].append(value)
         self.window.clear()
-        return {f"qtuning/{name}": sum(values) / len(values) for name, values in sums.items()}
+        metrics = {name: sum(values) / len(values) for name, values in sums.items()}
+        for what in ("samples", "answer_tokens"):
+            if metrics.get(f"pool_{what}"):
+                metrics[f"kept_{what}_share"] = metrics[f"kept_{what}"] / metrics[f"pool_{what}"]
+        return {f"qtuning/{name}": value for name, value in metrics.items()}
 
     def summary(self) -> dict[str, Any]:
         """The run's totals: samples, answer tokens, quadrants, seconds by phase, peak memory (bytes), versions."""
@@ -333,7 +340,29 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+<<<<<<< HEAD
+def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:
+    """
+    What a budget asks for: the shares of the samples and of all answer tokens.
+
+    `25x50` is an eighth of the tokens, in the paper's words; with `token_budget` 'answer' what stays whole is on top.
+    """
+    return {"samples": sample_ratio, "answer_tokens": sample_ratio * token_ratio}
+
+
 def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
+=======
+def run_summary(record: RunRecord, args: "QTuningSFTConfig") -> dict[str, Any]:
+>>>>>>> house
     """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
     config = json.loads(json.dumps(args.to_dict(), default=str))
-    return {**record.summary(), "num_processes": args.world_size, "config": config}
+    summary = record.summary()
+    reached = {
+        "samples": summary["sample_ratio_reached"],
+        "answer_tokens": summary["answer_tokens"]["ratio_reached"],
+    }
+    shares = {
+        what: {"asked": asked, "reached": reached[what]}
+        for what, asked in asked_shares(args.sample_ratio, args.token_ratio).items()
+    }
+    return {**summary, "shares": shares, "num_processes": args.world_size, "config": config}

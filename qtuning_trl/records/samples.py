@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from ..config import QTuningSFTConfig
 from ..step.sample import IGNORE, KEPT_MASK, SAMPLE_ID, Sample, answer_lengths
 from .parts import SAMPLES, STEPS, TABLES, TEXTS, Part, cut_after, list_parts, read_table, write_part
 from .run import THRESHOLDS, RunRecord, group_columns, run_summary
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
+    from ..config import QTuningSFTConfig
     from ..step.selection import Group
 
 RECORD_NAME = "qtuning_record"
@@ -75,7 +75,7 @@ class SampleRecorder(TrainerCallback):
         self._rows = 0
         self._written = time.monotonic()
 
-    def add(self, args: QTuningSFTConfig, group: "Group", survivors: list[Sample]) -> None:
+    def add(self, args: "QTuningSFTConfig", group: "Group", survivors: list[Sample]) -> None:
         """
         Take in a group of scored candidates that were compared with each other.
 
@@ -133,7 +133,7 @@ class SampleRecorder(TrainerCallback):
         if state.is_world_process_zero:
             self._write_run(args, state, kwargs["model"])
 
-    def _write_run(self, args: QTuningSFTConfig, state: TrainerState, model: PreTrainedModel) -> None:
+    def _write_run(self, args: "QTuningSFTConfig", state: TrainerState, model: PreTrainedModel) -> None:
         summary = run_summary(self.record(), args)
         facts = {
             "format": FORMAT,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from ..records.run import PHASES, QUADRANTS, THRESHOLDS
+from ..records.run import PHASES, QUADRANTS, THRESHOLDS, asked_shares
 from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
 
@@ -169,6 +169,11 @@ def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFram
         "token_ratio_reached": _ratio(int(pruned["kept_tokens"].sum()), int(pruned["answer_tokens"].sum())),
         "quadrants": {quadrant: total[quadrant] for quadrant in QUADRANTS.values()},
         "filled": total["filled"],
+        # A record of an earlier version does not say where the fill came from.
+        "filled_by_quadrant": {
+            name: total[f"filled_{name}"] for name in QUADRANTS.values() if f"filled_{name}" in total
+        },
+        "shares_asked": asked_shares(config["sample_ratio"], config["token_ratio"]),
         "trimmed": total["trimmed"],
         "distinct_samples": int(samples[SAMPLE_ID].nunique()),
         "distinct_kept": int(samples.loc[samples["kept"], SAMPLE_ID].nunique()),

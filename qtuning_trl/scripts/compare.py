@@ -24,8 +24,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
+from ..records.run import RunRecord
 from ..studies.compare import (
     FAILURE_NAME,
     RECIPE_NAME,
@@ -43,6 +45,7 @@ from ..studies.compare import (
 )
 
 TABLE_NAME = "comparison"
+EVALUATED = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,7 +126,7 @@ def _check_options(comparison: Comparison, runs: list[Run]) -> None:
         _accuracy_function(comparison.accuracy)
 
 
-def _accuracy_function(name: str) -> Callable[[Any], float]:
+def _accuracy_function(name: str) -> Callable[[Any], float | dict[str, float]]:
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -209,30 +212,77 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
             console.print(f"{row['pruner']} {row['budget']}, {failure}", markup=False)
 
 
+class Curve(TrainerCallback):
+    """
+    The clocks of a run without its evaluations, and what each of these found.
+
+    Args:
+        record (`Callable`): Returns the run's counts.
+    """
+
+    def __init__(self, record: Callable[[], RunRecord]):
+        self.record = record
+        self.points: list[dict[str, float]] = []
+        # Of this process; other work on the machine stretches the first and not the second.
+        self.seconds = self.cpu_seconds = 0.0
+        self._since: tuple[float, float] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._since = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._stop()
+        self._since = time.perf_counter(), time.process_time()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self._since is None:  # after training
+            return
+        self._since = time.perf_counter(), time.process_time()
+        point = {"step": state.global_step, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        point["tokens"] = self.record().totals["counts"]["kept_answer_tokens"]
+        self.points.append(point | {name: value for name, value in (metrics or {}).items() if name in EVALUATED})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since[0]
+            self.cpu_seconds += time.process_time() - self._since[1]
+            self._since = None
+
+
 def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[str, Any]:
     """
     Train by a run's recipe (not for zero-shot), and measure.
 
     Returns:
-        `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `kept_samples` and `kept_tokens`
-        (shares of the candidates), `seconds`, `cpu_seconds` (of this process, which other work on the machine does not
-        stretch), `seconds_selecting`, `peak_bytes`, `steps`, `groups` (counts by `group_column`), `quadrants`,
-        `filled` (by quadrant), `versions`.
+        `dict`: `eval_loss` (nats a token), `accuracy` if a function measures it, `figures` (whatever else it gives, and
+        the evaluation's entropy), `kept_samples` and `kept_tokens` (shares of the candidates), `seconds` and
+        `cpu_seconds` (of this process, which other work on the machine does not stretch), both without evaluation,
+        `curve` (where `eval_strategy` asks for evaluations while training), `seconds_selecting`, `peak_bytes`, `steps`,
+        `groups` (counts by `group_column`), `quadrants`, `filled` (by quadrant), `versions`.
     """
     from .sft import build_trainer, parse
 
     script_args, training_args, model_args, dataset_args = parse(["--config", str(folder / RECIPE_NAME)]).dataclasses
     trainer = build_trainer(script_args, training_args, model_args, dataset_args, with_eval=True)
-    seconds = cpu_seconds = 0.0
+    curve = Curve(lambda: trainer.run_record)
+    trainer.add_callback(curve)
     if pruner != ZERO_SHOT:
-        start, cpu_start = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    summary = trainer.summary()
-    result = {
-        "eval_loss": trainer.evaluate()["eval_loss"],
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+    summary, evaluated = trainer.summary(), trainer.evaluate()
+    figures = {name: value for name, value in evaluated.items() if name in EVALUATED}
+    if accuracy:
+        measured = _accuracy_function(accuracy)(trainer)
+        figures |= measured if isinstance(measured, dict) else {"accuracy": measured}
+    return {
+        "eval_loss": figures.pop("eval_loss"),
+        **({"accuracy": figures.pop("accuracy")} if "accuracy" in figures else {}),
+        "figures": figures,
+        "curve": curve.points,
+        "seconds": curve.seconds,
+        "cpu_seconds": curve.cpu_seconds,
         "seconds_selecting": sum(summary["seconds"][phase] for phase in ("scoring", "selection", "collation")),
         "kept_samples": summary["sample_ratio_reached"],
         "kept_tokens": summary["answer_tokens"]["ratio_reached"],
@@ -243,6 +293,3 @@ def train_and_measure(folder: Path, pruner: str, accuracy: str | None) -> dict[s
         "filled": summary["filled_by_quadrant"],
         "versions": summary["versions"],
     }
-    if accuracy:
-        result["accuracy"] = _accuracy_function(accuracy)(trainer)
-    return result

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +26,8 @@ from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_f
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split
 from ..recipes import Parsed, RecipeParser
-from ..step.sample import SAMPLE_ID, number_rows
+from ..records.run import asked_shares
+from ..step.sample import SAMPLE_ID, answer_lengths, number_rows
 from ..studies.dataset_scoring import (
     BatchSize,
     Decisions,
@@ -37,7 +39,7 @@ from ..studies.dataset_scoring import (
     score_rows,
     select_rows,
 )
-from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, output_features, write_rows
+from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, output_features, pruned_rows, write_rows
 from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files
 
 if TYPE_CHECKING:
@@ -152,6 +154,11 @@ def parse(argv: Sequence[str], prog: str | None = None) -> Parsed:
                 f"`{name}` is {getattr(training_args, name)!r}: leave it out, since `qtuning score` selects as "
                 "Q-Tuning does; rivals select while training (`qtuning sft`)."
             )
+    if training_args.token_budget != "answer":
+        raise ValueError(
+            f"`token_budget` is {training_args.token_budget!r}: leave it out, since `qtuning score` prunes row by row, "
+            "in memory that does not grow with the data set; `qtuning sft` holds it while training."
+        )
     for name, value in NOT_TRAINING.items():
         setattr(training_args, name, value)
     refuse_missing_files(script_args, training_args, model_args, dataset_args)
@@ -226,6 +233,7 @@ class DatasetScorer:
         dataset_args: DatasetMixtureConfig,
     ):
         self.script_args, self.args = script_args, training_args
+        self.answer_tokens = self.kept_tokens = 0  # counted while the result is written
         with training_args.main_process_first(desc="data set mapping"):
             splits = load_data(script_args, dataset_args)
             self.original: Dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
@@ -313,7 +321,8 @@ class DatasetScorer:
     def select(self) -> Decisions:
         """Stage 1 over all rows."""
         perplexity, entropy = self.partial.statistics(self.parts)
-        return select_rows(perplexity, entropy, self.args.sample_ratio, self.script_args.pool, self.args.seed)
+        stop = self.args.bisection == "budget"
+        return select_rows(perplexity, entropy, self.args.sample_ratio, self.script_args.pool, self.args.seed, stop)
 
     def _finished(self, decisions: Decisions, advance: Any) -> Iterator[pa.Table]:
         pruning = TokenPruning(
@@ -328,8 +337,11 @@ class DatasetScorer:
             chosen = decisions.rows(slice(start, start + len(documents)))
             start += len(documents)
             scores = self.partial.read(part)
+            self.answer_tokens += sum(answer_lengths(documents))
+            documents = pruned_rows(documents, scores, chosen, pruning)
+            self.kept_tokens += int(np.array(answer_lengths(documents), dtype=np.int64)[chosen.keep].sum())
             columns, kept_only = self.script_args.columns, self.script_args.kept_only
-            yield finished_rows(documents, scores, chosen, pruning, self.original, columns, kept_only)
+            yield finished_rows(documents, scores, chosen, self.original, columns, kept_only)
             advance(len(documents))
 
     def finish(self) -> None:
@@ -352,9 +364,12 @@ class DatasetScorer:
         corners = ", ".join(f"Q{number} {int((decisions.quadrant == number).sum()):,}" for number in (1, 2, 3, 4))
         left_out = len(self.original) - rows
         note = f"; {left_out:,} rows without an answer token are left out" if left_out else ""
+        asked, tokens = asked_shares(self.args.sample_ratio, self.args.token_ratio), self.kept_tokens
         return (
             f"{rows:,} rows scored ({corners}), {kept:,} kept, {int(decisions.prune_tokens.sum()):,} of them without "
-            f"their worst answer tokens{note}. Written to {self.script_args.output}"
+            f"their worst answer tokens{note}. Samples: {kept / max(rows, 1):.2%} (asked: {asked['samples']:.2%}); "
+            f"answer tokens: {tokens / max(self.answer_tokens, 1):.2%} (asked: {asked['answer_tokens']:.2%}). "
+            f"Written to {self.script_args.output}"
         )
 
     def _push(self, result: Dataset) -> None:

@@ -75,7 +75,7 @@ class Comparison:
         output_dir (`str`): Where the runs and the table go.
         options (`dict`): Options of `qtuning sft` for every run.
         accuracy (`str`, *optional*): `module:function`, called with the trainer, that returns the share of right
-            answers on held-out tasks.
+            answers on held-out tasks; or several figures by name, of which `accuracy` is shown.
         title (`str`, *optional*): What the table is headed with; the recipe's name by default.
     """
 

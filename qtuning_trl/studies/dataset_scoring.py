@@ -278,7 +278,12 @@ class Decisions:
 
 
 def select_rows(
-    perplexity: np.ndarray, entropy: np.ndarray, sample_ratio: float, pool: int | None = None, seed: int = 0
+    perplexity: np.ndarray,
+    entropy: np.ndarray,
+    sample_ratio: float,
+    pool: int | None = None,
+    seed: int = 0,
+    stop_at_budget: bool = False,
 ) -> Decisions:
     """
     Stage 1 (Algorithm 1) over a data set.
@@ -289,6 +294,7 @@ def select_rows(
         pool (`int`, *optional*): Rows compared with each other, drawn at random; at most so many, in pools of even
             size. If `None`, all of them.
         seed (`int`): Of the draw.
+        stop_at_budget (`bool`): As of [`~qtuning_trl.method.select_samples`].
 
     Returns:
         [`Decisions`]
@@ -300,7 +306,8 @@ def select_rows(
         pools = np.array_split(np.random.default_rng(seed).permutation(size), math.ceil(size / pool))
     for drawn in pools:
         rows = np.sort(drawn)  # ties go to the earlier row
-        selection = select_samples(torch.from_numpy(perplexity[rows]), torch.from_numpy(entropy[rows]), sample_ratio)
+        axes = torch.from_numpy(perplexity[rows]), torch.from_numpy(entropy[rows])
+        selection = select_samples(*axes, sample_ratio, stop_at_budget)
         decisions.quadrant[rows] = selection.quadrant.numpy()
         decisions.keep[rows] = selection.keep.numpy()
         decisions.prune_tokens[rows] = selection.prune_tokens.numpy()

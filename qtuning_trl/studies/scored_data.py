@@ -52,26 +52,15 @@ def output_features(own: Features, columns: str) -> Features:
     return Features({**{name: own[name] for name in own_columns(own, columns)}, **added})
 
 
-def finished_rows(
-    documents: list[Sample],
-    scores: pa.Table,
-    decisions: Decisions,
-    pruning: TokenPruning,
-    original: Dataset,
-    columns: str,
-    kept_only: bool,
-) -> pa.Table:
+def pruned_rows(documents: list[Sample], scores: pa.Table, decisions: Decisions, pruning: TokenPruning) -> list[Sample]:
     """
-    Rows of the result, those of one part.
+    The rows of one part after stage 2, those without pruned tokens included.
 
     Args:
         documents (`list[Sample]`): The part's rows that have an answer token.
         scores (`pa.Table`): Their scores.
         decisions ([`Decisions`]): Theirs.
         pruning ([`TokenPruning`]): Stage 2, for those whose tokens are pruned.
-        original (`Dataset`): The data set, whose row numbers are the documents' sample ids.
-        columns (`str`): As of [`output_features`].
-        kept_only (`bool`): Leave out rows that are not kept.
     """
     pruned = np.flatnonzero(decisions.prune_tokens).tolist()
     nll = scores.column("nll").take(pa.array(pruned, pa.int64()))
@@ -81,7 +70,28 @@ def finished_rows(
     documents = list(documents)
     for index, document in zip(pruned, shortened, strict=True):
         documents[index] = document
+    return documents
 
+
+def finished_rows(
+    documents: list[Sample],
+    scores: pa.Table,
+    decisions: Decisions,
+    original: Dataset,
+    columns: str,
+    kept_only: bool,
+) -> pa.Table:
+    """
+    Rows of the result, those of one part.
+
+    Args:
+        documents (`list[Sample]`): The part's rows, as [`pruned_rows`] left them.
+        scores (`pa.Table`): Their scores.
+        decisions ([`Decisions`]): Theirs.
+        original (`Dataset`): The data set, whose row numbers are the documents' sample ids.
+        columns (`str`): As of [`output_features`].
+        kept_only (`bool`): Leave out rows that are not kept.
+    """
     chosen = np.flatnonzero(decisions.keep) if kept_only else np.arange(len(documents))
     documents = [documents[index] for index in chosen]
     rows = [document.sample_id for document in documents]
