@@ -1,6 +1,7 @@
 """`qtuning plan`: counts on fake tensors are those of real ones; settings that fit; bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -36,11 +37,11 @@ from qtuning_trl.plan.fit import fit, recipe_lines, write_recipe
 from qtuning_trl.plan.lengths import Lengths
 from qtuning_trl.plan.model import model_config
 from qtuning_trl.plan.plan import GIB, verdict
-from qtuning_trl.plan.recipes import recipe_paths
-from qtuning_trl.plan.text import describe
+from qtuning_trl.plan.recipes import END, START, named_card, recipe_paths, update_readme
+from qtuning_trl.plan.text import TABLE_CARDS, describe
 from qtuning_trl.plan.timing import Budget, Cost, Costs, StepShape, step_time
 from qtuning_trl.plan.trainer import stand_in_trainer
-from qtuning_trl.scripts.plan import make_planner, parse
+from qtuning_trl.scripts.plan import make_planner, parse, recipe_planner
 from qtuning_trl.scripts.sft import make_parser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -398,3 +399,73 @@ def test_the_recipes_models_need_no_download():
     for path in recipe_paths(RECIPES):
         _, training_args, model_args, _ = make_parser().parse(["--config", str(path), "--use_cpu", "true"]).dataclasses
         assert model_config(model_args, training_args).vocab_size > 0
+
+
+def test_every_recipe_names_the_smallest_card_that_it_fits_by_the_table():
+    rows = table_rows()
+    assert sorted(rows) == sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in recipe_paths(RECIPES))
+    for path in recipe_paths(RECIPES):
+        row = rows[str(path.relative_to(RECIPES).with_suffix(""))]
+        args = make_parser().parse(["--config", str(path), "--use_cpu", "true"]).dataclasses[1]
+        assert row["rows x tokens"] == f"{args.per_device_train_batch_size} x {args.max_length}"
+        fitting = [card for card in TABLE_CARDS if re.fullmatch(r"[\d.]+x", row[f"{card} GB"])]
+        assert named_card(path) == fitting[0], path.name
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-lora", "llama-3.1-8b-qlora", "paper/mistral-7b-wizardlm"])
+def test_the_table_is_what_the_plans_say(name):
+    """When this fails: `qtuning plan --recipes recipes`."""
+    row, planner = table_rows()[name], recipe_planner(RECIPES / f"{name}.yaml")
+    card = named_card(RECIPES / f"{name}.yaml")
+    plan = planner.plan(card=card)
+    assert (row["peak, GiB"], row["plain SFT's"]) == (f"{plan.least / GIB:.2f}", f"{plan.memory.plain_bytes / GIB:.2f}")
+    assert row[f"{card:g} GB"] == f"{1 / plan.time['step']:.2f}x"
+    for size in TABLE_CARDS:
+        answer = verdict(plan.least, size)
+        assert (row[f"{size} GB"] == "-", "tight" in row[f"{size} GB"]) == (answer == "does not fit", answer == "tight")
+
+
+def test_the_table_is_written_between_its_marks(tmp_path, shape_dir):
+    recipe = {"model_name_or_path": shape_dir, "max_length": 32, "dtype": "bfloat16", "bf16": True, "use_peft": True}
+    (tmp_path / "mine.yaml").write_text("# Meant for a card with 8 GB.\n" + yaml.safe_dump(recipe))
+    (tmp_path / "README.md").write_text("before\n")
+    with pytest.raises(ValueError, match="put the lines '<!-- plans"):
+        update_readme(tmp_path, recipe_planner)
+    (tmp_path / "README.md").write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    with pytest.raises(ValueError, match=r"not the one its first line names: mine.yaml \(6 GB\)"):
+        update_readme(tmp_path, recipe_planner)
+    (tmp_path / "mine.yaml").write_text("# Meant for a card with 6 GB.\n" + yaml.safe_dump(recipe))
+    assert not update_readme(tmp_path, recipe_planner)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(f"before\n{START}\n\n| recipe |")
+    assert text.endswith(f"|\n\n{END}\nafter\n")
+    assert "`mine` | 8 x 32 |" in text
+
+
+def table_rows() -> dict[str, dict[str, str]]:
+    """The table in recipes/README.md, by recipe."""
+    text = (RECIPES / "README.md").read_text().partition(START)[2].partition(END)[0].strip()
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    return {cells[0].strip("`"): dict(zip(head, cells, strict=True)) for cells in lines}
+
+
+# On a GPU
+
+
+@pytest.mark.slow
+def test_the_gpu_measurement_runs():
+    """On a CPU, on a model of two narrow layers; what it measures is a GPU's matter."""
+    script = Path(__file__).parent / "gpu" / "measure.py"
+    options = ["--recipe", "smollm2-135m-lora", "--arm", "auto", "--cpu", "--layers", "2", "--hidden", "64"]
+    command = [sys.executable, str(script), *options, "--length", "16", "--cap_gib", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["seconds"] > 0
+    assert row["free_tokens"] > 0
+
+
+def test_the_gpu_script_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([Path(__file__).parent / "gpu" / "run.sh"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "tests/gpu/run.sh: there is no GPU.\n")

@@ -1,11 +1,13 @@
 """A plan in words."""
 
+from textwrap import fill
 from typing import Any
 
 import yaml
 
 from .plan import GIB, Plan
 
+WIDTH = 110
 PHASES = {"optimizer": "the optimizer's step", "scoring": "scoring", "training": "training", "plain": "plain SFT"}
 # A card that decides nothing between two others is left out of the table.
 TABLE_CARDS = (6, 8, 10, 12, 16, 24, 48, 80)
@@ -51,7 +53,7 @@ def describe(plan: Plan) -> str:
     ]
     if run["steps"] is not None:
         lines += [f"The run: {run['steps']:,} optimizer steps, {run['tokens']:,} tokens of candidates"]
-    return "\n".join([*lines, "", *plan.notes])
+    return "\n".join([*lines, "", *(fill(note, WIDTH) for note in plan.notes)])
 
 
 def describe_lines(lines: dict[str, Any]) -> str:
@@ -68,11 +70,12 @@ def recipe_table(rows: list[tuple[str, dict[float, Plan]]]) -> str:
     Args:
         rows (`list[tuple[str, dict[float, Plan]]]`): Of each recipe, its name and its plan for each card.
     """
-    head = ["recipe", "peak, GiB", "plain SFT's", *(f"{card} GB" for card in TABLE_CARDS)]
+    head = ["recipe", "rows x tokens", "peak, GiB", "plain SFT's", *(f"{card} GB" for card in TABLE_CARDS)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, plans in rows:
         first = next(iter(plans.values()))
-        cells = [f"`{name}`", f"{first.least / GIB:.2f}", f"{first.memory.plain_bytes / GIB:.2f}"]
+        micro_batch = f"{first.setting.rows} x {first.lengths['longest']}"
+        cells = [f"`{name}`", micro_batch, f"{first.least / GIB:.2f}", f"{first.memory.plain_bytes / GIB:.2f}"]
         for card in TABLE_CARDS:
             plan = plans[card]
             answer = plan.verdict[f"{card:g}"]
