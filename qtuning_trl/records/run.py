@@ -340,7 +340,6 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-<<<<<<< HEAD
 def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:
     """
     What a budget asks for: the shares of the samples and of all answer tokens.
@@ -350,10 +349,7 @@ def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:
     return {"samples": sample_ratio, "answer_tokens": sample_ratio * token_ratio}
 
 
-def run_summary(record: RunRecord, args: QTuningSFTConfig) -> dict[str, Any]:
-=======
 def run_summary(record: RunRecord, args: "QTuningSFTConfig") -> dict[str, Any]:
->>>>>>> house
     """The run's totals so far and its configuration: the content of `qtuning_summary.json`."""
     config = json.loads(json.dumps(args.to_dict(), default=str))
     summary = record.summary()
