@@ -239,7 +239,7 @@ def test_an_nf4_step_scores_close_to_the_model_and_trains_the_lora_alone(model_d
         ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
         with torch.no_grad():
             nll = float(model(input_ids=ids, labels=labels).loss)
-        assert 0 < abs(math.log(perplexity) - nll) < 0.3  # four bits are not quite the model
+        assert 0 < abs(math.log(perplexity) - nll) < 0.6  # nats a token: four bits are not quite the model
 
 
 def test_training_shows_in_what_the_model_writes(model_dir, tmp_path):
