@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_trainer import make_trainer
-
 from qtuning_trl.sample_record import RecordReader
+from test_trainer import make_trainer
 
 
 @pytest.fixture
