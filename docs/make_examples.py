@@ -114,7 +114,8 @@ def page(run: str | Path, data: str, last_step: int, each: int) -> str:
         "cell in the record's order; nobody chose them. Pruned tokens are <del>struck through</del>, ⏎ is a line "
         "break. Made by `docs/make_examples.py`, which says how in its first lines."
     )
-    parts = ["# Decoded examples", textwrap.fill(introduction, 120)]
+    for_whom = "For those who want to see, in words, what the method keeps, drops and strikes out."
+    parts = ["# Decoded examples", for_whom, textwrap.fill(introduction, 120)]
     texts = reader.texts(row[SAMPLE_ID] for row in rows)
     for name, meaning, belongs in CELLS:
         cell = [row for row in rows if belongs(row)]

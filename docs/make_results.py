@@ -46,6 +46,8 @@ README_BUDGETS = ("100x100", "25x50", "25x100")
 
 INTRODUCTION = """# Results
 
+For those who want every row of every comparison, with those that lost.
+
 Made by `python docs/make_results.py` from [results/lab](results/lab), which hold every run; nothing here is written
 by hand. [experiments.md](experiments.md) says what it means, on which machine and at which commit it ran, and what
 else was tried.
