@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from qtuning_trl.sample_record import RecordReader
+from qtuning_trl.records.samples import RecordReader
 from test_trainer import make_trainer
 
 
