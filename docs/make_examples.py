@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+
 from qtuning_trl.records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
 
 # Heading, what it says of the cell, and which rows of the record belong to it.
