@@ -15,7 +15,9 @@ from qtuning_trl.recipes import load_recipe
 from qtuning_trl.scripts.sft import main, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-MODELS = sorted(path for path in RECIPES.glob("*.yaml") if path.stem not in ("base", "qlora", "demo"))
+ON_CPU = RECIPES / "smollm2-135m-cpu.yaml"
+OTHERS = ("base", "qlora", "demo", ON_CPU.stem)
+MODELS = sorted(path for path in RECIPES.glob("*.yaml") if path.stem not in OTHERS)
 PAPER = sorted(path for path in (RECIPES / "paper").glob("*.yaml") if path.stem not in ("base", "table2"))
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -124,6 +126,23 @@ def start(recipe: Path, data: str, standins: dict[str, str], folder: Path, bases
 def test_every_recipe_starts_on_a_stand_in(path, standins, tmp_path):
     summary = start(path, "mathinstruct", standins, tmp_path, ())
     assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 8, 1)
+
+
+def test_the_recipe_for_a_cpu_starts_and_measures_before_and_after(standins, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(ROWS["local_question_answer"]) for _ in range(33)))
+    arguments = ["--model_name_or_path", standins["smollm2"], "--dataset_name", str(rows), "--max_steps", "1"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--eval_steps", "1"]
+    trainer = main(*parse(["--config", str(ON_CPU), *arguments]).dataclasses)
+    summary = json.loads((tmp_path / "run" / "qtuning_summary.json").read_text())
+    assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 32, 8)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [0, 1]
+
+
+def test_the_recipe_for_a_cpu_measures_at_its_end():
+    recipe = load_recipe(ON_CPU)
+    assert recipe["eval_on_start"] is True
+    assert recipe["max_steps"] % recipe["eval_steps"] == 0
 
 
 @pytest.mark.parametrize("data", sorted(ROWS))

@@ -87,7 +87,7 @@ class SampleRecorder(TrainerCallback):
         samples, decided = group.samples, group.decided
         kept = decided.keep.nonzero().flatten().tolist()
         reasons = [REASONS[code] for code in (decided.filled + 2 * decided.trimmed.int()).tolist()]
-        if args.sample_pruner != "q_tuning":
+        if args.sample_pruner not in ("q_tuning", "q_tuning_code"):
             reasons = ["pruner"] * len(samples)
         kept_tokens = np.zeros(len(samples), dtype=np.int32)
         kept_tokens[kept] = answer_lengths(survivors)
