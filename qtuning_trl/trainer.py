@@ -268,7 +268,7 @@ class QTuningSFTTrainer(SFTTrainer):
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 512
         autocast, device = self.accelerator.autocast, self.args.device
         with lean_lm_head(device):
-            free = partial(without_checkpointing, self.model)
+            free = partial(without_checkpointing, self.model) if self.memory.follows_memory else None
             return count_needs(self.model, device, collate, score, free, autocast, longest)
 
     def _prune_pool(self, groups: list[list[Sample]], batch_tokens: int) -> tuple[list[Sample], StepCounts]:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import yaml
 from test_trainer import COMMON, Recorder, assert_same_weights, lora, losses, make_trainer
 from transformers import BitsAndBytesConfig
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.host.head import lean_lm_head
+from qtuning_trl.scripts.sft import make_parser
 from qtuning_trl.step import memory
 from qtuning_trl.step.memory import EVERYTHING, Line, MemoryBudget, Needs
 from qtuning_trl.step.micro_batches import split_survivors
@@ -171,9 +173,8 @@ def test_needs_are_those_of_longer_batches(tmp_path, model_dir, prompt_completio
     assert needs.training.bytes(128) == pytest.approx(training, rel=0.08)
     assert needs.free.bytes(128) == pytest.approx(free, rel=0.08)
     assert scoring < training < free
-    tokens = needs.scoring_tokens(128)
-    assert tokens > 128
-    assert needs.scoring.bytes(tokens) <= needs.training.bytes(128) < needs.scoring.bytes(tokens + 1)
+    assert needs.scoring_tokens(128) > 128
+    assert needs.scoring.per_token * needs.scoring_tokens(128) <= needs.training.per_token * 128
 
 
 def works(trainer, tokens: int) -> list:
@@ -181,7 +182,7 @@ def works(trainer, tokens: int) -> list:
     found = []
     own = memory._bytes_of
     memory._bytes_of = lambda model, device, work: found.append(work) or 0
-    lengths, memory.PROBED = memory.PROBED, {"cpu": (tokens // 2, tokens)}
+    lengths, memory.PROBED = memory.PROBED, (tokens // 2, tokens)
     try:
         trainer._count_needs()
     finally:
@@ -211,12 +212,56 @@ def test_a_gpu_is_looked_at_after_its_first_step(monkeypatch):
     assert budget.free_tokens == 25  # not looked at again
 
 
+def test_a_card_too_full_to_count_on_keeps_to_the_micro_batches(monkeypatch):
+    args = QTuningSFTConfig("x", use_cpu=True, bf16=False, gradient_checkpointing=True, survivor_checkpointing="auto")
+    monkeypatch.setattr(QTuningSFTConfig, "device", torch.device("cuda"))
+
+    def fail():
+        raise torch.OutOfMemoryError("no room")
+
+    budget = MemoryBudget(args)
+    budget.begin_step(fail)
+    budget.begin_step(fail)
+    assert budget.free_tokens == 0
+    assert budget.needs is not None
+    assert budget.needs.scoring_tokens(77) == 77
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("true", "true"), ("false", "false"), ("auto", "auto"), (True, "true"), (False, "false")]
+)
+def test_survivor_checkpointing_is_a_word_or_as_it_was_a_truth_value(tmp_path, given, meant):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"survivor_checkpointing": given}))
+    model = ["--use_cpu", "true", "--bf16", "false"]
+    assert (
+        make_parser().parse(["--config", str(tmp_path / "r.yaml"), *model]).dataclasses[1].survivor_checkpointing
+        == meant
+    )
+    assert QTuningSFTConfig("x", use_cpu=True, bf16=False, survivor_checkpointing=given).survivor_checkpointing == meant
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"survivor_checkpointing": "sometimes"},
+            "`survivor_checkpointing` is 'sometimes': choose one of 'true', 'auto'",
+        ),
+        ({"survivor_batch_tokens": 0, "survivor_checkpointing": "auto"}, "`survivor_batch_tokens` is 0: give a number"),
+        ({"survivor_batch_tokens": 99}, "`survivor_checkpointing` is 'true': set `survivor_checkpointing` to 'auto'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        QTuningSFTConfig("x", use_cpu=True, bf16=False, **options)
+
+
 def test_scoring_is_sized_by_counted_bytes_on_a_gpu(tmp_path, tokenizer, prompt_completion, monkeypatch):
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50")
     monkeypatch.setattr(QTuningSFTConfig, "device", torch.device("cuda"))
     needs = Needs(Line(10, 1), Line(100, 4), Line(100, 20))
     lengths = [10] * 16
-    assert trainer.scorer.batch_tokens(lengths, 40, 4, needs) == 100 + 4 * 40 - 10
+    assert trainer.scorer.batch_tokens(lengths, 40, 4, needs) == 4 * 40
     assert trainer.scorer.batch_tokens(lengths, 40, 4) == 40  # not counted, so no more than is trained at once
     assert trainer.scorer.batch_tokens([300], 300, 1, Needs(Line(10, 5), Line(10, 1), Line(10, 9))) == 300
     assert trainer.memory.counts

@@ -14,9 +14,8 @@ from ..config import QTuningSFTConfig
 from ..host.ledger import Ledger
 from .sample import Sample
 
-# Tokens of the two rows that are counted, by device: enough for a straight line, and over in no time.
-PROBED = {"cpu": (32, 64)}
-PROBED_ON_ACCELERATORS = (256, 512)
+# Tokens of the two rows that are counted: enough for a straight line, and less than any card is short of.
+PROBED = (32, 64)
 # Share of the memory that is free which survivors may take: on a card the rest is fragmentation's, on a CPU other
 # programs use it too.
 SHARE_OF_FREE = {"cpu": 0.5}
@@ -50,15 +49,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Needs:
-    """What scoring needs, training as the run does it, and training without gradient checkpointing."""
+    """What scoring needs, training as the run does it, and training without gradient checkpointing, if it may."""
 
     scoring: Line
     training: Line
-    free: Line
+    free: Line | None = None
 
     def scoring_tokens(self, trained_tokens: float) -> int:
-        """Tokens to score at once, so that scoring needs no more than a micro-batch of `trained_tokens` tokens."""
-        return min(MOST_SCORED, self.scoring.tokens(self.training.bytes(trained_tokens)))
+        """
+        Tokens to score at once, so that scoring needs no more than a micro-batch of `trained_tokens` tokens.
+
+        What does not grow with the tokens is taken to be no less in scoring: 4-bit weights are unpacked for many
+        tokens, and not for the few that are counted.
+        """
+        ratio = self.training.per_token / max(self.scoring.per_token, 1e-9)
+        return min(MOST_SCORED, int(ratio * trained_tokens))
 
 
 @dataclass(eq=False)
@@ -102,17 +107,20 @@ class MemoryBudget:
         """Count what batches need, once, and look at the memory: on a CPU at once, on a GPU after the first step."""
         first = self.needs is None
         if first and self.counts:
-            self.needs = count()
+            try:
+                self.needs = count()
+            except torch.OutOfMemoryError:  # a card that full has no room for more than the recipe's own settings
+                self.needs = Needs(Line(0, 1), Line(0, 1))
         # With its first step the optimizer makes its states, which take their share of a card.
-        if self.follows_memory and not self._measured and not (first and self.args.device.type != "cpu"):
-            self.allow(free_memory(self.args.device))
+        late_enough = self.args.device.type == "cpu" or not first
+        if self.needs is not None and self.needs.free is not None and late_enough and not self._measured:
+            self.allow(self.needs.free, free_memory(self.args.device))
 
-    def allow(self, free_bytes: float) -> None:
-        """Let survivors go without checkpointing as far as this memory allows."""
-        assert self.needs is not None
-        kind = self.args.device.type
+    def allow(self, free: Line, size: float) -> None:
+        """Let survivors go without checkpointing, which needs `free`, as far as `size` bytes of memory allow."""
         self._measured = True
-        self.free_tokens = self.needs.free.tokens(SHARE_OF_FREE.get(kind, SHARE_OF_FREE_ON_ACCELERATORS) * free_bytes)
+        share = SHARE_OF_FREE.get(self.args.device.type, SHARE_OF_FREE_ON_ACCELERATORS)
+        self.free_tokens = free.tokens(share * size)
 
     def shrink(self, tokens: int) -> None:
         """After a micro-batch of so many tokens was too large: half of them are tried from now on."""
@@ -132,7 +140,7 @@ def count_needs(
     device: torch.device,
     collate: Callable[[list[Sample]], dict[str, Any]],
     score: Callable[[list[Sample]], Any],
-    free: Callable[[], Any],
+    free: Callable[[], Any] | None,
     autocast: Callable[[], Any],
     longest: int,
 ) -> Needs:
@@ -144,7 +152,7 @@ def count_needs(
         device (`torch.device`): Where it is.
         collate (`Callable`): Makes the model's arguments, on its device, of samples.
         score (`Callable`): Scores samples.
-        free (`Callable`): A context in which the model keeps its activations.
+        free (`Callable`, *optional*): A context in which the model keeps its activations, if it is to be counted.
         autocast (`Callable`): The context in which it is trained.
         longest (`int`): The most tokens that the model takes.
     """
@@ -155,16 +163,17 @@ def count_needs(
         (-outputs.log_probs.sum()).backward()
 
     def train_free(samples: list[Sample]) -> None:
+        assert free is not None
         with free():
             train(samples)
 
     was_training, before = model.training, {name: p.grad for name, p in model.named_parameters()}
     model.train()
-    lengths = [min(tokens, longest) for tokens in PROBED.get(device.type, PROBED_ON_ACCELERATORS)]
+    lengths = [min(tokens, longest) for tokens in PROBED]
     lengths[0] = min(lengths[0], lengths[1] // 2)
     lines = []
     with fork_rng(devices=[device] if device.type == "cuda" else []):
-        for work in (score, train, train_free):
+        for work in (score, train, train_free)[: 2 if free is None else 3]:
             points = []
             for length in lengths:
                 points.append((length, _bytes_of(model, device, partial(work, [_sample(length)]))))
