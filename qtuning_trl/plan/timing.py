@@ -66,6 +66,7 @@ class StepShape:
         free_tokens (`int`, *optional*): Tokens at a time of survivors without checkpointing; `None` for all of them.
         scoring_tokens (`int`): Tokens scored at once.
         flattened (`bool`): Whether batches go without padding.
+        scored_flattened (`bool`): Whether those of scoring do.
         sorted_rows (`bool`): Whether the run it is compared with sorts its rows by length (TRL's does not).
     """
 
@@ -77,6 +78,7 @@ class StepShape:
     free_tokens: int | None
     scoring_tokens: int
     flattened: bool = False
+    scored_flattened: bool = False
     sorted_rows: bool = False
 
 
@@ -108,9 +110,10 @@ def step_time(lengths: Lengths, shape: StepShape, budget: Budget, costs: Costs) 
             training += _whole(tokens, labelled, shape.rows, shape.checkpointing, shape, costs)
             continue
         scored = generator.permutation(size)[: max(1, round(budget.scored_share * size))]
-        batches = scoring_batches(tokens[scored].tolist(), shape.scoring_tokens, shape.flattened)
+        flat = shape.flattened or shape.scored_flattened
+        batches = scoring_batches(tokens[scored].tolist(), shape.scoring_tokens, flat)
         parts = [Part(scored[batch].tolist(), False) for batch in batches]
-        scoring += _work(tokens, labelled, parts, costs.scoring, costs.scoring, shape.flattened)
+        scoring += _work(tokens, labelled, parts, costs.scoring, costs.scoring, flat)
         kept = generator.permutation(size)[: budget_size(budget.sample_ratio, size)]
         training += _survivors(tokens[kept], labelled[kept], shape, budget, costs)
     return {"scoring": scoring / plain, "training": training / plain, "step": (scoring + training) / plain}

@@ -47,6 +47,8 @@ class Predictor:
             plain_checkpointing=self.args.gradient_checkpointing,
             free_tokens=EVERYTHING if free else 0,
             scoring_tokens=self.scoring_tokens,
+            scored_flattened=True,  # as on a CPU
             sorted_rows=True,
         )
-        return 1 / step_time(self.lengths, shape, Budget(sample_ratio, token_ratio, drop), self.costs)["step"]
+        budget = Budget(sample_ratio, token_ratio, drop)
+        return float(1 / step_time(self.lengths, shape, budget, self.costs)["step"])
