@@ -213,7 +213,9 @@ class Planner:
     def counted(self, four_bit: bool) -> CountedModel:
         """The model's counts, plain or in 4 bits."""
         if four_bit not in self._counted:
-            model_args = replace(self.model_args, load_in_4bit=four_bit)
+            own = self.model_args
+            nested = own.use_bnb_nested_quant or not own.load_in_4bit  # as `--fit` writes it
+            model_args = replace(own, load_in_4bit=four_bit, use_bnb_nested_quant=nested)
             try:
                 self._counted[four_bit] = CountedModel(self.config, model_args, self.args, self.whole)
                 self._counted[four_bit].train(self.batch(1, 64), True)
