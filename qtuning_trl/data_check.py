@@ -134,17 +134,21 @@ def drop_void_rows(dataset: Any, args: QTuningSFTConfig, name: str = "train_data
         found = dataset.map(
             facts, remove_columns=dataset.column_names, num_proc=args.dataset_num_proc, desc="Checking rows"
         )
-    problems = found["problem"][:]
-    check.dropped.update(problem for problem in problems if problem)
-    for number, holds in enumerate(found["holds"][:]):
-        for what in holds:
+    void = []
+    for number, row in enumerate(found):
+        if row["problem"]:
+            void.append(number)
+            check.dropped[row["problem"]] += 1
+            continue
+        for what in row["holds"]:
             if what not in check.first:
                 check.first[what] = dataset[number]
-    left = [number for number, problem in enumerate(problems) if not problem]
-    if not left:
+    if len(void) == len(dataset):
         reasons = _listed(f"{count:,} {_rows(count)} with {reason}" for reason, count in check.dropped.items())
         raise ValueError(f"`{name}` has no row with an answer ({reasons}): check that the columns are the right ones.")
-    return (dataset.select(left) if len(left) < len(dataset) else dataset), check
+    if void:
+        dataset = dataset.select(np.delete(np.arange(len(dataset)), void))
+    return dataset, check
 
 
 # After they are tokenized, before `max_length` cuts them
@@ -307,8 +311,8 @@ def unusual(check: DataCheck, args: QTuningSFTConfig, rows: int | None) -> list[
     if args.token_ratio < 1.0 and counted and check.bare > counted / 10:
         found.append(
             f"`token_ratio` is {args.token_ratio:g} and {check.bare:,} of {counted:,} answers are so short that only "
-            f"their special tokens would be left (half have {int(np.median(check.answer_lengths))} tokens or fewer): set "
-            "`token_ratio` to 1."
+            f"their special tokens would be left (half have {int(np.median(check.answer_lengths))} tokens or fewer): "
+            "set `token_ratio` to 1."
         )
     if check.labelled_whole:
         found.append(

@@ -173,16 +173,15 @@ class QTuningSFTTrainer(SFTTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _check_data(self) -> None:
-        """Count what became of the training set, refuse it if nothing is left, and warn of what is unusual."""
+        """Count what became of the training set, refuse it if nothing is left, and warn of what is left out."""
         args, check = self.args, self.data_check
         if self._whole_rows is not None:
             count_answers(check, self._whole_rows, args, special_token_ids(self._tokenizer, self.model))
             self._whole_rows = None
         checks.refuse_missing_answers(self.train_dataset, check, args)
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         if isinstance(self.train_dataset, IterableDataset):
             refuse_short_stream(self.train_dataset, args)
-        for sentence in (*left_out(check, args), *unusual(check, args, rows)):
+        for sentence in left_out(check, args):
             logger.warning(sentence)
 
     def _make_stations(self) -> None:
@@ -230,6 +229,9 @@ class QTuningSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """TRL's `train`; with reused scores, a resumed run goes on with those of its checkpoint."""
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        for sentence in unusual(self.data_check, self.args, rows):
+            logger.warning(sentence)
         if self.scorer.cache is not None:
             self.scorer.cache.scores.clear()
             folder = (
