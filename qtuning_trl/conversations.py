@@ -61,7 +61,7 @@ def _message(turn: Row) -> Row:
     calls = turn.get("tool_calls") or turn.get("function_call")
     if role == "function_call":
         calls, text = text, None
-    message = {"role": ROLES[role], "content": _plain_text(text)}
+    message: Row = {"role": ROLES[role], "content": _plain_text(text)}
     if calls:
         message["tool_calls"] = _tool_calls(calls)
     return message | {key: value for key, value in turn.items() if key not in _RENAMED and value is not None}

@@ -346,8 +346,8 @@ def _refuse_lost_columns(dataset: Dataset | IterableDataset, beside: _Beside) ->
         if filled:
             remedy = "" if name == HISTORY_COLUMN else f"name it in `prompt_template` ('{{{name}}}'), "
             raise ValueError(
-                f"`train_dataset` has the column {name!r}, filled in {filled} row{'s' * (filled > 1)}, which no template names: set "
-                f"`as_messages` to true, which carries it through the chat template, {remedy}or remove the column."
+                f"`train_dataset` has the column {name!r}, filled in {filled:,} of its rows, which no template names: "
+                f"set `as_messages` to true, which carries it through the chat template, {remedy}or remove the column."
             )
 
 

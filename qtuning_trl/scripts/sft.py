@@ -259,7 +259,7 @@ def settle_template(
     from ..conversations import is_conversation
     from ..host.loading import load_processing_class
 
-    first = next(iter(dataset), {})
+    first: dict[str, Any] = next(iter(dataset), {})
     if is_conversation(first.get("messages")) or is_conversation(first.get("prompt")):
         tokenizer = load_processing_class(model, training_args)
         settle_chat_template(tokenizer, training_args, script_args.fallback_chat_template)
