@@ -160,10 +160,7 @@ def test_answers_cut_short_are_counted_exactly(tmp_path, tokenizer):
     assert "`max_length` is 16: it cuts short the answers of 29 of 48 rows" in oddities(trainer)
     # From n = 15 on: the first token of a row is not predicted.
     from_behind = make_trainer(tmp_path, tokenizer, dataset, max_length=16, truncation_mode="keep_end")
-    assert (from_behind.data_check.cut, from_behind.data_check.dropped.total()) == (
-        26,
-        0,
-    )  # n >= 15: what comes first in a row is not predicted
+    assert (from_behind.data_check.cut, from_behind.data_check.dropped.total()) == (26, 0)
     split = make_trainer(tmp_path, tokenizer, dataset, max_length=16, packing=True, packing_strategy="bfd_split")
     assert (split.data_check.cut, split.data_check.dropped.total()) == (0, 0)
 

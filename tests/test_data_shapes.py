@@ -234,9 +234,11 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(refusal, data, option
         assert message in line
 
 
-def test_null_undoes_a_recipes_chat_template(command):
-    args = command("sharegpt.jsonl", "smollm2", chat_template_path="null")
-    assert sft.parse(args).dataclasses[1].chat_template_path is None
+def test_null_undoes_what_a_recipe_says(command):
+    recipe = RECIPES / "data" / "local_instruction.yaml"
+    undone = {"chat_template_path": "null", "prompt_template": "null", "completion_template": "none"}
+    script_args, args, *_ = sft.parse(command("alpaca.json", "smollm2", config=recipe, **undone)).dataclasses
+    assert args.chat_template_path is script_args.prompt_template is script_args.completion_template is None
 
 
 def test_what_arrow_adds_and_what_is_no_json():

@@ -115,8 +115,10 @@ def refuse_missing_files(
     missing = missing_files(script_args, dataset_args)
     if missing is not None:
         raise ValueError(missing)
-    if str(training_args.chat_template_path).lower() in ("null", "none"):
-        training_args.chat_template_path = None  # the command line's way to undo a recipe's
+    undone = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
+    for option, holder in (("chat_template_path", training_args), *((name, script_args) for name in undone)):
+        if str(getattr(holder, option)).lower() in ("null", "none"):
+            setattr(holder, option, None)  # the command line's way to undo a recipe's
     for option, holder in (("chat_template_path", training_args), ("fallback_chat_template", script_args)):
         template = getattr(holder, option)
         if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
