@@ -55,6 +55,9 @@ def run_script(name: str, argv: Sequence[str]) -> int:
     """`qtuning sft` or `score`: check everything that can be checked before, then run it under `accelerate launch`."""
     argv = take_traceback_flag(argv)
     with exit_on_error(BAD_INPUT):
+        from .early import check_early
+
+        check_early(argv, name)
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         script = import_module(f"{__package__}.scripts.{name}")
@@ -84,6 +87,7 @@ def launch(arguments: Sequence[str]) -> int:
     launch_parser = launch_command_parser()
     launch_parser.error = _refuse_launch_arguments
     launch_args = launch_parser.parse_args(list(arguments))
+    _say_one_process(launch_args)
     if not wants_traceback():
         logging.disable(logging.ERROR)  # torchrun logs a page about each process that ends
     try:
@@ -101,6 +105,21 @@ def launch(arguments: Sequence[str]) -> int:
 
 def _refuse_launch_arguments(message: str) -> None:
     raise ValueError(f"accelerate launch: {message}; `accelerate launch --help` explains its options.")
+
+
+def _say_one_process(arguments: argparse.Namespace) -> None:
+    """accelerate starts one process on a CPU, however many are asked for, unless it is told to launch several."""
+    import torch
+
+    several = arguments.multi_gpu or arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
+    on_cpu = arguments.cpu or not torch.accelerator.is_available()
+    if (arguments.num_processes or 1) > 1 and on_cpu and not (several and not arguments.cpu) and not arguments.tpu:
+        print(
+            f"qtuning: `num_processes` is {arguments.num_processes}, and accelerate starts one process on a CPU; for "
+            f"{arguments.num_processes}: ACCELERATE_USE_CPU=true qtuning ... --multi_gpu --num_processes "
+            f"{arguments.num_processes}",
+            file=sys.stderr,
+        )
 
 
 def _exit_status(returncode: int) -> int:

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
@@ -19,8 +18,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, missing_files, pick_split
+from ..data import load_data, map_columns, pick_split
+from ..early import check_early
+from ..files import refuse_unusable_files
 from ..recipes import Parsed, RecipeParser
+from ..values import refuse_missing_extras
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -76,20 +78,10 @@ def refuse_missing_files(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Raise a `ValueError` if no model or no data is named, or a local file that does not exist is."""
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
-    if model.startswith(("./", "../", "/", "~")) and not Path(model).exists():
-        raise ValueError(f"`model_name_or_path` is {model!r}: no such folder; give one that holds a model.")
-    if script_args.dataset_name is None and not dataset_args.datasets:
-        raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
-    missing = missing_files(script_args, dataset_args)
-    if missing is not None:
-        raise ValueError(missing)
-    template = training_args.chat_template_path
-    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ValueError(f"`chat_template_path` is {template!r}: no such file; give a Jinja file or a model.")
+    """Raise a `ValueError` if no model or no data is named, or what is named cannot be meant."""
+    values = {**vars(training_args), **vars(model_args), "dataset_name": script_args.dataset_name}
+    refuse_missing_extras(values)
+    refuse_unusable_files({**values, "datasets": [vars(entry) for entry in dataset_args.datasets]})
     training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
 
 
@@ -203,8 +195,16 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
 def _mapped(
     splits: Any, name: str, kind: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
 ) -> Any:
+    dataset = pick_split(splits, name, f"dataset_{kind}_split")
+    column = script_args.messages_column
+    first: dict[str, Any] = next(iter(dataset), {})
+    if column is not None and isinstance(first.get(column), str):
+        raise ValueError(
+            f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
+            "of turns), or use `prompt_template` and `completion_template`."
+        )
     return map_columns(
-        pick_split(splits, name, f"dataset_{kind}_split"),
+        dataset,
         script_args.prompt_template,
         script_args.completion_template,
         script_args.messages_column,
@@ -257,7 +257,8 @@ def main(
 def run(argv: Sequence[str]) -> None:
     """What each launched process does; ends it with one line if something goes wrong."""
     with exit_on_error(BAD_INPUT):
-        parsed = parse(take_traceback_flag(argv))
+        check_early(argv := take_traceback_flag(argv), "sft")
+        parsed = parse(argv)
         if parsed.typed_launch_args:
             raise ValueError(
                 f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "
