@@ -31,8 +31,8 @@ def check_early(argv: Sequence[str], script: str) -> None:
         raise ValueError(f"`{tokens[0]}` belongs to no option: give options as {form}.")
     typed = _typed(tokens)
     known = known_names(script)
-    if typed.get("config", ("", ""))[1] is None:
-        return  # argparse says it better
+    if typed.get("config", ("", ""))[1] is None or sum(token.partition("=")[0] == "--config" for token in tokens) > 1:
+        return  # the parser says it better
     path = typed.pop("config", ("", None))[1]
     recipe = load_recipe(path) if path else {}
     if known is not None:
@@ -40,7 +40,7 @@ def check_early(argv: Sequence[str], script: str) -> None:
             if name not in known:
                 raise ValueError(f"`{name}: {value}` in {path} is no known option: {remedy(name, known, prog)}")
         for name, (token, _) in typed.items():
-            if name not in known:
+            if name not in known and name.removeprefix("no_") not in known:
                 raise ValueError(f"`{token}` is no known option: {remedy(name, known, prog, '--')}")
     values = {ALIASES.get(name, name): value for name, value in recipe.items()}
     values |= {ALIASES.get(name, name): value for name, (_, value) in typed.items()}
@@ -48,7 +48,7 @@ def check_early(argv: Sequence[str], script: str) -> None:
         values |= {"resume_from_checkpoint": None, "output_dir": None}
     refuse_bad_values(_plain_values(values))
     refuse_missing_extras(values)
-    if _well_formed(values.get("datasets")):
+    if _well_formed(values.get("datasets"), known):
         refuse_unusable_files(values)
 
 
@@ -64,11 +64,14 @@ def _typed(tokens: list[str]) -> dict[str, tuple[str, Any]]:
     return typed
 
 
-def _well_formed(datasets: Any) -> bool:
+def _well_formed(datasets: Any, known: set[str] | None) -> bool:
     if datasets is None:
         return True
     entries = datasets if isinstance(datasets, list) else [datasets]
-    return all(isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries)
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("path"), str) and (known is None or entry.keys() <= known)
+        for entry in entries
+    )
 
 
 def _plain_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def format_help(parser: argparse.ArgumentParser, everything: bool = False) -> st
 
 def sections(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
     """Each option of the parser under one heading, in the order in which they are shown."""
-    actions = {action.dest: action for action in parser._actions}
+    # The first of those with one name: `--no_record` comes after `--record`, which takes true and false.
+    actions = {action.dest: action for action in reversed(parser._actions)}
     host = {field.name for field in dataclasses.fields(SFTConfig)}
     method = [field.name for field in dataclasses.fields(QTuningSFTConfig) if field.name not in host]
     common = {name for names in TRLS.values() for name in names}

@@ -216,6 +216,7 @@ def _mapped(
 def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
     """Train, save, write the model card, and say where everything is; around the demo's data goes its report."""
     from ..records.run import SUMMARY_NAME
+    from ..report.lines import closing_lines
 
     args = trainer.args
     output_dir = str(args.output_dir)
@@ -229,8 +230,8 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
     trainer.create_model_card(dataset_name=dataset_name)
     if report is not None:
         report.finish(output_dir)
-    what = "Adapter" if getattr(trainer.model, "peft_config", None) else "Model"
-    trainer.accelerator.print(f"{what} saved to {output_dir}; what was kept: {os.path.join(output_dir, SUMMARY_NAME)}")
+    adapter = bool(getattr(trainer.model, "peft_config", None))
+    trainer.accelerator.print(closing_lines(trainer.summary(), output_dir, adapter, SUMMARY_NAME))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
