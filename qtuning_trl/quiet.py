@@ -15,5 +15,9 @@ def hush_known_warnings() -> None:
     if os.environ.get("QTUNING_TRACEBACK", "0") not in ("", "0"):
         return
     warnings.filterwarnings("ignore", message=DEPRECATED, category=FutureWarning)
-    for name, text in LOGGED.items():
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+    for name in LOGGED:
+        logging.getLogger(name).addFilter(_is_unknown)
+
+
+def _is_unknown(record: logging.LogRecord) -> bool:
+    return LOGGED[record.name] not in record.getMessage()

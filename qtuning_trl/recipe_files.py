@@ -95,7 +95,7 @@ def _read_mapping(path: Path, children: Sequence[Path]) -> dict[str, Any]:
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        near = difflib.get_close_matches(path.stem, shipped_names(), n=1, cutoff=0.87)
+        near = difflib.get_close_matches(path.name.removesuffix(".yaml"), shipped_names(), n=1, cutoff=0.87)
         remedy = f"did you mean '{near[0]}'?" if near else "or a name that `qtuning recipes` lists."
         raise ValueError(f"{option} is '{path}': give the path of a recipe ({error.strerror}), {remedy}") from None
     except _TwiceError as error:

@@ -123,11 +123,11 @@ class LogLines(PrinterCallback):
 
 
 def show_progress(handler: CallbackHandler, record: Callable[[], RunRecord]) -> None:
-    """Put [`SelectionProgress`] in the place of transformers' bar, unless a notebook draws it; [`LogLines`] without tqdm."""
+    """Put [`SelectionProgress`] in the place of transformers' bar, and [`LogLines`] in that of its printer."""
     plain = [cb for cb in handler.callbacks if type(cb) is ProgressCallback]
     for callback in plain:
         handler.remove_callback(callback)
         handler.add_callback(SelectionProgress(record, max_str_len=callback.max_str_len))
-    for callback in [cb for cb in handler.callbacks if type(cb) is PrinterCallback]:
-        handler.remove_callback(callback)
+    if any(type(cb) is PrinterCallback for cb in handler.callbacks):
+        handler.remove_callback(PrinterCallback)
         handler.add_callback(LogLines())
