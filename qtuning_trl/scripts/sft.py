@@ -7,6 +7,13 @@ accelerate launch -m qtuning_trl.scripts.sft --config recipes/smollm2-135m-lora.
 ```
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import signal
+
+    from qtuning_trl.interrupts import end_in_one_line
+
+    end_in_one_line(signal.SIGINT)
+
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +27,7 @@ from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, missing_files, pick_split
+from ..host.checkpoints import checkpoint_to_resume, explained_if_full
 from ..recipes import Parsed, RecipeParser
 
 if TYPE_CHECKING:
@@ -90,33 +98,9 @@ def refuse_missing_files(
     template = training_args.chat_template_path
     if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         raise ValueError(f"`chat_template_path` is {template!r}: no such file; give a Jinja file or a model.")
-    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
-
-
-def checkpoint_to_resume(training_args: QTuningSFTConfig) -> str | None:
-    """
-    The folder of the checkpoint that `resume_from_checkpoint` means: `true` is the last one in `output_dir`.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted: Any = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        output_dir = str(training_args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is true and `output_dir` {output_dir!r} holds no checkpoint: leave "
-                "`resume_from_checkpoint` out to start anew, or give the `output_dir` of the interrupted run."
-            )
-        return last
-    if not os.path.isdir(wanted):
-        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}: no such folder; give a checkpoint's, or true.")
-    return wanted
+    training_args.resume_from_checkpoint = checkpoint_to_resume(
+        str(training_args.output_dir), training_args.resume_from_checkpoint
+    )
 
 
 def build_trainer(
@@ -225,7 +209,8 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
 
         report = DemoReport(trainer, demo.load_demo_dataset()["test"])
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(output_dir)
+    with explained_if_full(Path(output_dir)):
+        trainer.save_model(output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     if report is not None:
         report.finish(output_dir)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -169,7 +170,16 @@ class Scorer:
         # Only the model that is trained casts by itself, not one that scores for it.
         with lean_scoring(model, self.args.device, flat), self.accelerator.autocast():
             chosen = [[now[index] for index in batch] for batch in batches]
-            values = score_documents(pool, answer_mask(pool), chosen, forward)
+            try:
+                values = score_documents(pool, answer_mask(pool), chosen, forward)
+            except RuntimeError as error:
+                # Where the host looks for a batch size that fits, it must see the error itself.
+                if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
+                    raise
+                raise MemoryError(
+                    f"out of memory while scoring {batch_tokens} tokens at once: set `scoring_batch_tokens` lower, such "
+                    f"as {max(batch_tokens // 2, 1)}, or lower `max_length`, if a single sample does not fit."
+                ) from error
             for _ in range(idle):
                 forward([dummy_sample(self.pad_token_id)])
         return values

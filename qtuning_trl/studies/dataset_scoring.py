@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor
 
@@ -80,7 +81,9 @@ class BatchSize:
         """
         try:
             return forward(documents)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                raise
             longest = max(len(document.input_ids) for document in documents)
         # Only here, where the failed forward's tensors are gone with its traceback.
         torch.cuda.empty_cache()
