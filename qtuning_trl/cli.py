@@ -17,6 +17,7 @@ MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".s
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
+REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 
 EPILOG = (
     "Errors are one line and exit with status 2 (bad input), 1 (a run that failed) or 130 (Ctrl-C). Add "
@@ -136,8 +137,8 @@ def exit_on_error(status: int) -> Iterator[None]:
     """
     Turn an exception into one line on the standard error and an exit with `status`.
 
-    Our own refusals, and those of the libraries below, are `ValueError`, `TypeError`, `OSError`, `ImportError`,
-    `FloatingPointError` and `MemoryError`. Anything else is a surprise, and the line says how to see where it comes from.
+    Our own refusals, and those of the libraries below, are of the types `REFUSALS`. Anything else is a surprise, and
+    the line says how to see where it comes from.
     """
     try:
         yield
@@ -145,10 +146,7 @@ def exit_on_error(status: int) -> Iterator[None]:
         if wants_traceback():
             raise
         message = " ".join(str(error).split())
-        if (
-            not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError))
-            or not message
-        ):
+        if not isinstance(error, REFUSALS) or not message:
             message = f"{type(error).__name__}: {message} (--traceback, or {TRACEBACK_VARIABLE}=1, shows where)"
         if _first_to_report():
             print(f"qtuning: error: {message}", file=sys.stderr, flush=True)

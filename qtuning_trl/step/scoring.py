@@ -174,11 +174,11 @@ class Scorer:
                 values = score_documents(pool, answer_mask(pool), chosen, forward)
             except RuntimeError as error:
                 # Where the host looks for a batch size that fits, it must see the error itself.
-                if self.args.auto_find_batch_size or not should_reduce_batch_size(error):
+                if self.args.auto_find_batch_size or not is_out_of_memory(error):
                     raise
                 raise MemoryError(
-                    f"out of memory while scoring {batch_tokens} tokens at once: set `scoring_batch_tokens` lower, such "
-                    f"as {max(batch_tokens // 2, 1)}, or lower `max_length`, if a single sample does not fit."
+                    f"Out of memory while scoring {batch_tokens} tokens at once: set `scoring_batch_tokens` to less, "
+                    f"such as {max(batch_tokens // 2, 1)}, or lower `max_length`, if a single sample does not fit."
                 ) from error
             for _ in range(idle):
                 forward([dummy_sample(self.pad_token_id)])
@@ -239,6 +239,11 @@ def scoring_collator(
         or all(can_attend_by_document(model, device) for model in models)
     )
     return replace(collator, padding_free=flatten)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is used up: a GPU's, or a CPU's ("can't allocate memory")."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def refuse_diverged(finite: Tensor, args: QTuningSFTConfig, state: TrainerState) -> None:
