@@ -263,7 +263,7 @@ def test_a_run_killed_when_its_result_was_there_is_finished_by_the_next_start(
     assert list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*")) == []
     partial.mkdir()
     (partial / "settings.json").write_text("{}")
-    with pytest.raises(SystemExit):  # not the folder of the run that wrote it
+    with pytest.raises(ValueError, match="which exists: remove it"):  # not the folder of the run that wrote it
         run(model_dir, data, output)
     assert sum(read(output)["keep"]) == 45
 
