@@ -11,4 +11,4 @@ from kills import Campaign
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     campaign = Campaign(str(tmp_path), "fork")  # all is imported
     assert campaign.files > 50
-    assert campaign.run("killed", random.Random(7), 4, ("at a file",)) == 4
+    assert campaign.run("killed", random.Random(7), 3, ("at a file",)) == 3

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 FILE_NAME = "qtuning_scores.npz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """
     Per-token values of one sample, and when they were computed.
@@ -33,7 +33,7 @@ class Score:
 
 class ScoreCache:
     """
-    The latest score of each sample; about 8 bytes an answer token.
+    The latest score of each sample; about 350 bytes each, and 8 for each answer token (docs/benchmarks.md).
 
     Every process holds those of all processes, since a sample may turn up on another one in the next epoch.
 
