@@ -66,9 +66,8 @@ def main() -> None:
         print(f"{name}: {size:,} bytes sent; each receives, with {received}")
     for answer in (16, arguments.answer):
         each = cache_bytes(20_000, answer)
-        print(
-            f"reused score of {answer} answer tokens: {each:.0f} bytes; ten million: {each * 1e7 / 2**30:.1f} GiB a process"
-        )
+        ten_million = each * 1e7 / 2**30
+        print(f"reused score of {answer} answer tokens: {each:.0f} bytes; ten million: {ten_million:.1f} GiB a process")
 
 
 if __name__ == "__main__":
