@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+
+from .interrupts import INTERRUPTED, ended_in_one_line, signals_passed_on
 
 COMMANDS = {
     "sft": "fine-tune a model: qtuning sft --config recipe.yaml",
@@ -24,10 +27,11 @@ LAUNCHED = ("sft", "score")  # through accelerate; the others run in this proces
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
+REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 
 EPILOG = (
-    "Errors are one line and exit with status 2 (bad input) or 1 (a run that failed). Add --traceback, or set "
-    f"{TRACEBACK_VARIABLE}=1, for the traceback."
+    "Errors are one line and exit with status 2 (bad input), 1 (a run that failed) or 130 (Ctrl-C). Add "
+    f"--traceback, or set {TRACEBACK_VARIABLE}=1, for the traceback."
 )
 
 
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the `qtuning` command.
 
     Returns:
-        `int`: The exit status: 0, 1 for a run that failed, 2 for bad input.
+        `int`: The exit status: 0, 1 for a run that failed, 2 for bad input, 130 for one that Ctrl-C ended.
     """
     parser = argparse.ArgumentParser(
         prog="qtuning", description="Q-Tuning for TRL: prune samples and tokens while fine-tuning.", epilog=EPILOG
@@ -56,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command in LAUNCHED:
         return run_script(arguments.command, argv[1:])
     argv = take_traceback_flag(argv)
-    with exit_on_error(BAD_INPUT):
+    with ended_in_one_line(), exit_on_error(BAD_INPUT):
         return import_module(f".scripts.{arguments.command}", __package__).main(argv[1:])
 
 
 def run_script(name: str, argv: Sequence[str]) -> int:
     """`qtuning sft` or `score`: check everything that can be checked before, then run it under `accelerate launch`."""
     argv = take_traceback_flag(argv)
-    with exit_on_error(BAD_INPUT):
+    with ended_in_one_line(), exit_on_error(BAD_INPUT):
         from .early import check_early
 
         check_early(argv, name)
@@ -91,6 +95,7 @@ def launch(arguments: Sequence[str]) -> int:
     import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     launch_parser = launch_command_parser()
@@ -100,13 +105,16 @@ def launch(arguments: Sequence[str]) -> int:
     if not wants_traceback():
         logging.disable(logging.ERROR)  # torchrun logs a page about each process that ends
     try:
-        launch_command(launch_args)
+        with signals_passed_on():
+            launch_command(launch_args)
     except subprocess.CalledProcessError as error:
         return _exit_status(error.returncode)
     except ChildFailedError as error:
         if wants_traceback():
             raise
         return _exit_status(error.get_first_failure()[1].exitcode)
+    except SignalException as error:  # torchrun has ended its processes by it
+        return _exit_status(-error.sigval)
     finally:
         logging.disable(logging.NOTSET)
     return 0
@@ -134,6 +142,8 @@ def _say_one_process(arguments: argparse.Namespace) -> None:
 def _exit_status(returncode: int) -> int:
     if returncode in (BAD_INPUT, FAILED_RUN):
         return returncode
+    if returncode in (INTERRUPTED, -signal.SIGINT):
+        return INTERRUPTED
     if returncode < 0:
         print(f"qtuning: error: the run was ended by signal {-returncode}.", file=sys.stderr)
     return FAILED_RUN
@@ -155,8 +165,8 @@ def exit_on_error(status: int) -> Iterator[None]:
     """
     Turn an exception into one line on the standard error and an exit with `status`.
 
-    Our own refusals, and those of the libraries below, are `ValueError`, `TypeError`, `OSError`, `ImportError` and
-    `FloatingPointError`. Anything else is a surprise, and the line says how to see where it comes from.
+    Our own refusals, and those of the libraries below, are of the types `REFUSALS`. Anything else is a surprise, and
+    the line says how to see where it comes from.
     """
     try:
         yield
@@ -164,7 +174,7 @@ def exit_on_error(status: int) -> Iterator[None]:
         if wants_traceback():
             raise
         message = " ".join(str(error).split())
-        if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)) or not message:
+        if not isinstance(error, REFUSALS) or not message:
             message = f"{type(error).__name__}: {message} (--traceback, or {TRACEBACK_VARIABLE}=1, shows where)"
         if _first_to_report():
             print(f"qtuning: error: {message}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from . import checks
@@ -33,6 +33,7 @@ from .data_check import (
     unusual,
     without_cuts,
 )
+from .host.checkpoints import checkpoint_to_resume, half_written_after, whole_checkpoint
 from .host.head import lean_lm_head, weighted_losses
 from .host.loading import load_processing_class, load_second_model
 from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
@@ -228,18 +229,39 @@ class QTuningSFTTrainer(SFTTrainer):
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """TRL's `train`; with reused scores, a resumed run goes on with those of its checkpoint."""
+        """
+        TRL's `train`. A resumed run goes on from a whole checkpoint: `True` is the newest in the output directory.
+
+        Raises:
+            `ValueError`: If there is no whole checkpoint to resume from, or its reused scores cannot be read.
+        """
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
         for sentence in unusual(self.data_check, self.args, rows):
             logger.warning(sentence)
+        folder = checkpoint_to_resume(str(self.args.output_dir), resume_from_checkpoint)
+        half_written = half_written_after(folder) if folder is not None else []
+        if half_written:
+            names = ", ".join(half_written)
+            logger.warning(f"{names}: half-written, since a save was interrupted; going on from {folder}.")
         if self.scorer.cache is not None:
             self.scorer.cache.scores.clear()
-            folder = (
-                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            )
-            if folder and not self.scorer.cache.load(folder):
+            if folder is not None and not self.scorer.cache.load(folder):
                 logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(folder, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return done if self.state.global_step < max_steps else (num_train_epochs, 0)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""
+        with whole_checkpoint(self, trial) as folder:
+            if self.scorer.cache is not None and self.args.should_save:
+                self.scorer.cache.save(folder)
+            super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader:
         """The train loader, which yields uncollated examples: candidates are pruned before they are collated."""

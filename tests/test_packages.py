@@ -8,9 +8,7 @@ TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["too
 
 
 def test_every_package_is_listed():
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qtuning_trl").rglob("__init__.py")
-    }
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qtuning_trl").rglob("__init__.py")}
     assert set(TOOL["packages"]) == found | {"qtuning_trl.shipped_recipes"}
 
 

@@ -7,7 +7,13 @@ accelerate launch -m qtuning_trl.scripts.score --config recipes/smollm2-135m-lor
 ```
 """
 
-import shutil
+if __name__ == "__main__":  # before the imports, which take seconds
+    import signal
+
+    from qtuning_trl.interrupts import end_in_one_line
+
+    end_in_one_line(signal.SIGINT)
+
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +46,7 @@ from ..studies.dataset_scoring import (
     score_rows,
     select_rows,
 )
-from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, output_features, pruned_rows, write_rows
+from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, is_written, output_features, pruned_rows, write_rows
 from .sft import (
     QTuningScriptArguments,
     find_model,
@@ -190,7 +196,7 @@ def refuse_bad_options(script_args: ScoreArguments, dataset_args: DatasetMixture
             f"`output` is {script_args.output!r} and `output_format` is {form!r}: they disagree, so give only one of "
             "the two."
         )
-    if output.exists():
+    if output.exists() and not is_written(output, partial_folder(script_args)):
         raise ValueError(f"`output` is {script_args.output!r}, which exists: remove it, or give another name.")
     refuse_foreign_folder(partial_folder(script_args))
     if script_args.columns != "all" and not script_args.kept_only:
@@ -357,7 +363,7 @@ class DatasetScorer:
             self._push(result)
         finally:
             del result
-            shutil.rmtree(self.partial.folder)
+            self.partial.remove()
 
     def _summary(self, decisions: Decisions) -> str:
         rows, kept = len(decisions.keep), int(decisions.keep.sum())

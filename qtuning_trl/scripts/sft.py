@@ -7,10 +7,17 @@ accelerate launch -m qtuning_trl.scripts.sft --config recipes/smollm2-135m-lora.
 ```
 """
 
-import os
+if __name__ == "__main__":  # before the imports, which take seconds
+    import signal
+
+    from qtuning_trl.interrupts import end_in_one_line
+
+    end_in_one_line(signal.SIGINT)
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
@@ -21,6 +28,7 @@ from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split, recognize
 from ..early import check_early
 from ..files import refuse_unusable_files
+from ..host.checkpoints import checkpoint_to_resume, explained_if_full
 from ..recipes import Parsed, RecipeParser
 from ..values import refuse_missing_extras
 
@@ -115,33 +123,9 @@ def refuse_missing_files(
     values = {**vars(training_args), **vars(model_args), **{name: getattr(script_args, name) for name in names}}
     refuse_missing_extras(values)
     refuse_unusable_files({**values, "datasets": [vars(entry) for entry in dataset_args.datasets]})
-    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
-
-
-def checkpoint_to_resume(training_args: QTuningSFTConfig) -> str | None:
-    """
-    The folder of the checkpoint that `resume_from_checkpoint` means: `true` is the last one in `output_dir`.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted: Any = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        output_dir = str(training_args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is true and `output_dir` {output_dir!r} holds no checkpoint: leave "
-                "`resume_from_checkpoint` out to start anew, or give the `output_dir` of the interrupted run."
-            )
-        return last
-    if not os.path.isdir(wanted):
-        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}: no such folder; give a checkpoint's, or true.")
-    return wanted
+    training_args.resume_from_checkpoint = checkpoint_to_resume(
+        str(training_args.output_dir), training_args.resume_from_checkpoint
+    )
 
 
 def build_trainer(
@@ -281,7 +265,8 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
         report = DemoReport(trainer, demo.load_demo_dataset()["test"])
     trainer.accelerator.print(one_line(trainer.data_check, args, prepared_rows(trainer)))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(output_dir)
+    with explained_if_full(Path(output_dir)):
+        trainer.save_model(output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     if report is not None:
         report.finish(output_dir)
