@@ -13,6 +13,7 @@ from qtuning_trl import QTuningSFTConfig, cli
 from qtuning_trl.data_check import count_steps, drop_void_rows, one_line, step_sizes, unusual
 from qtuning_trl.dry_run import describe, prepared_rows
 from qtuning_trl.scripts import sft
+from qtuning_trl.step.sample import answer_lengths, split_documents
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUESTIONS = RECIPES / "data" / "local_question_answer.yaml"
@@ -161,6 +162,10 @@ def test_answers_cut_short_are_counted_exactly(tmp_path, tokenizer):
     # From n = 15 on: the first token of a row is not predicted.
     from_behind = make_trainer(tmp_path, tokenizer, dataset, max_length=16, truncation_mode="keep_end")
     assert (from_behind.data_check.cut, from_behind.data_check.dropped.total()) == (26, 0)
+    packed = make_trainer(tmp_path, tokenizer, dataset, max_length=16, packing=True)
+    assert (packed.data_check.cut, packed.data_check.dropped.total()) == (29, 8)
+    documents = [document for row in packed.train_dataset for document in split_documents(row)]
+    assert sum(answer_lengths(documents)) == packed.data_check.answer_lengths.sum()
     split = make_trainer(tmp_path, tokenizer, dataset, max_length=16, packing=True, packing_strategy="bfd_split")
     assert (split.data_check.cut, split.data_check.dropped.total()) == (0, 0)
 
