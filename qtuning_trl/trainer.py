@@ -14,17 +14,27 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from . import checks
+from .chat_templates import refuse_lost_parts
 from .config import QTuningSFTConfig
+from .data_check import (
+    DataCheck,
+    count_answers,
+    drop_void_rows,
+    left_out,
+    refuse_short_stream,
+    unusual,
+    without_cuts,
+)
+from .host.checkpoints import checkpoint_to_resume, half_written_after, whole_checkpoint
 from .host.head import lean_lm_head, weighted_losses
 from .host.loading import load_processing_class, load_second_model
 from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
@@ -43,8 +53,9 @@ from .records.run import (
 )
 from .records.samples import SampleRecorder
 from .report.live import PlaneLogger, show_progress
-from .step.memory import MemoryBudget, Needs, count_needs
-from .step.micro_batches import Batcher, Row, placeholder
+from .step.memory import MemoryBudget
+from .step.micro_batches import Batcher, placeholder
+from .step.needs import count_needs
 from .step.sample import SAMPLE_ID, RawBatch, Sample, answer_lengths, number_rows, split_documents
 from .step.score_cache import FILE_NAME as SCORES_NAME
 from .step.score_cache import ScoreCache, ScoreKeeper
@@ -115,14 +126,21 @@ class QTuningSFTTrainer(SFTTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = QTuningSFTConfig(f"{name.rstrip('/').split('/')[-1]}-QTuning-SFT")
         checks.refuse_unsupported_options(args, data_collator, compute_loss_func, model, kwargs.get("peft_config"))
-        first = checks.refuse_unusable_dataset(train_dataset, args)
-        if checks.needs_chat_template(first, args):
-            if processing_class is None:
-                processing_class = load_processing_class(model, args)
-            checks.refuse_missing_chat_template(processing_class)
-
+        formatted = kwargs.get("formatting_func") is not None
+        first = checks.refuse_unusable_dataset(train_dataset, args, formatted)
         if isinstance(train_dataset, Dataset) and not args.keeps_everything:
             train_dataset = number_rows(train_dataset)
+        self.data_check, self._whole_rows = DataCheck(), None
+        if first is not None and not formatted:
+            train_dataset, self.data_check = drop_void_rows(train_dataset, args)
+            first = next(iter(train_dataset))
+        if checks.needs_chat_template(first, args) or self.data_check.first:
+            if processing_class is None:
+                processing_class = load_processing_class(model, args)
+            if args.chat_template_path is None:
+                checks.refuse_missing_chat_template(processing_class)
+            refuse_lost_parts(processing_class, args, self.data_check.first)
+
         super().__init__(
             model,
             args,
@@ -133,14 +151,7 @@ class QTuningSFTTrainer(SFTTrainer):
             **kwargs,
         )
 
-        known = hasattr(train_dataset, "__len__") and not kwargs.get("formatting_func")
-        rows_before = len(train_dataset) if known else None
-        cut_off = checks.refuse_missing_answers(self.train_dataset, rows_before, args)
-        if cut_off:
-            logger.warning(
-                f"`max_length` is {args.max_length}: it cuts off the whole answer of {cut_off} of {rows_before} rows, "
-                "which TRL drops; raise it to train on them."
-            )
+        self._check_data()
         for column in (SAMPLE_ID, args.group_column, args.score_column):
             if column is not None and not args.keeps_everything:
                 keep_column(self, column)
@@ -151,6 +162,32 @@ class QTuningSFTTrainer(SFTTrainer):
         self._num_micro_batches = 0
         self._make_stations()
         self._add_listeners()
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's preparation, of the training set in two calls: what `max_length` cuts off is counted in between."""
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            whole = without_cuts(args)
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            self._whole_rows, formatting_func = dataset, None
+        elif dataset_name != "train" and formatting_func is None:
+            dataset, check = drop_void_rows(dataset, args, "eval_dataset")
+            for sentence in left_out(check, args, "eval_dataset"):
+                logger.warning(sentence)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_data(self) -> None:
+        """Count what became of the training set, refuse it if nothing is left, and warn of what is left out."""
+        args, check = self.args, self.data_check
+        if self._whole_rows is not None:
+            count_answers(check, self._whole_rows, args, special_token_ids(self._tokenizer, self.model))
+            self._whole_rows = None
+        checks.refuse_missing_answers(self.train_dataset, check, args)
+        if isinstance(self.train_dataset, IterableDataset):
+            refuse_short_stream(self.train_dataset, args)
+        for sentence in left_out(check, args):
+            logger.warning(sentence)
 
     def _make_stations(self) -> None:
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
@@ -197,15 +234,39 @@ class QTuningSFTTrainer(SFTTrainer):
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """TRL's `train`; with reused scores, a resumed run goes on with those of its checkpoint."""
+        """
+        TRL's `train`. A resumed run goes on from a whole checkpoint: `True` is the newest in the output directory.
+
+        Raises:
+            `ValueError`: If there is no whole checkpoint to resume from, or its reused scores cannot be read.
+        """
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        for sentence in unusual(self.data_check, self.args, rows):
+            logger.warning(sentence)
+        folder = checkpoint_to_resume(str(self.args.output_dir), resume_from_checkpoint)
+        half_written = half_written_after(folder) if folder is not None else []
+        if half_written:
+            names = ", ".join(half_written)
+            logger.warning(f"{names}: half-written, since a save was interrupted; going on from {folder}.")
         if self.scorer.cache is not None:
             self.scorer.cache.scores.clear()
-            folder = (
-                get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-            )
-            if folder and not self.scorer.cache.load(folder):
+            if folder is not None and not self.scorer.cache.load(folder):
                 logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(folder, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return done if self.state.global_step < max_steps else (num_train_epochs, 0)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""
+        with whole_checkpoint(self, trial) as folder:
+            if self.scorer.cache is not None and self.args.should_save:
+                self.scorer.cache.save(folder)
+            super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader:
         """The train loader, which yields uncollated examples: candidates are pruned before they are collated."""
@@ -245,7 +306,7 @@ class QTuningSFTTrainer(SFTTrainer):
             groups = [[sample for group in groups for sample in group]]
         row_lengths = [len(row["input_ids"]) for rows in drawn for row in rows]
         full_tokens = self._train_batch_size * max(row_lengths)
-        self.memory.begin_step(self._count_needs)
+        self.memory.begin_step(partial(count_needs, self.model, self.scorer, self.batcher, self.memory.follows_memory))
         batch_tokens = self.scorer.batch_tokens(row_lengths, full_tokens, len(drawn), self.memory.needs)
         survivors, step = self._prune_pool(groups, batch_tokens)
         with self.run_record.phase("collation"):
@@ -254,22 +315,6 @@ class QTuningSFTTrainer(SFTTrainer):
         self._num_micro_batches = len(micro_batches)
         self.run_record.begin_training(step)
         return [placeholder() for _ in range(len(drawn) - len(micro_batches))] + micro_batches, num_items
-
-    def _count_needs(self) -> Needs:
-        """What batches need of this model: counted before the first step, on two short rows."""
-
-        def collate(samples: list[Sample]) -> dict[str, Any]:
-            examples = [Row([sample], packed=self.args.packing).as_example() for sample in samples]
-            return send_to_device(self.data_collator(examples), self.args.device)
-
-        def score(samples: list[Sample]) -> None:
-            self.scorer.forward_all(self.scorer.scoring_model(self.model), samples, [0], 1)
-
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 512
-        autocast, device = self.accelerator.autocast, self.args.device
-        with lean_lm_head(device):
-            free = partial(without_checkpointing, self.model) if self.memory.follows_memory else None
-            return count_needs(self.model, device, collate, score, free, autocast, longest)
 
     def _prune_pool(self, groups: list[list[Sample]], batch_tokens: int) -> tuple[list[Sample], StepCounts]:
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
@@ -320,15 +365,8 @@ class QTuningSFTTrainer(SFTTrainer):
 
         if checkpointing or self.accelerator.num_processes > 1:
             return train(checkpointing)
-        too_large = partial(self._survivors_were_too_large, inputs["input_ids"].numel())
+        too_large = partial(self.memory.shrink, inputs["input_ids"].numel())
         return step_or_again(self, partial(train, False), partial(train, True), too_large)
-
-    def _survivors_were_too_large(self, tokens: int) -> None:
-        self.memory.shrink(tokens)
-        logger.warning(
-            f"Out of memory with {tokens} tokens of survivors without gradient checkpointing: they are trained with "
-            f"it, and from now on micro-batches of more than {self.memory.free_tokens} tokens are, too."
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the optimizer steps since the last log, under `qtuning/`."""

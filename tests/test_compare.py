@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import yaml
 from conftest import prompt_completion_rows
 
 from qtuning_trl import cli
+from qtuning_trl.scripts import compare
 from qtuning_trl.studies.compare import (
     FULL_DATA,
+    RECIPE_NAME,
     RESULT_NAME,
     ZERO_SHOT,
     Comparison,
@@ -92,14 +95,27 @@ def test_a_comparison_goes_on_where_it_stopped_and_says_what_failed(tmp_path, co
     assert results["zero-shot-100x100-seed-0"]["steps"] == 0
     assert all(math.isfinite(result["eval_loss"]) for result in results.values())
 
-    # What is finished is not repeated; what was killed, and so left no result, is.
-    (folders["mask-25x50-seed-0"] / RESULT_NAME).unlink()
+    # What is finished is not repeated, and its recipe not written anew; what left half a result is.
+    (folders["mask-25x50-seed-0"] / RESULT_NAME).write_text('{"eval_loss": 1.')
+    (folders["zero-shot-100x100-seed-0"] / RECIPE_NAME).write_text("")
+    recipe = (folders["full-data-100x100-seed-0"] / RECIPE_NAME).stat().st_mtime_ns
     before = {name: (folder / RESULT_NAME).stat().st_mtime_ns for name, folder in folders.items() if "100x100" in name}
     again = run("--config", path)
     assert [line for line in again.stdout.splitlines() if line.startswith("[")] == ["[3/4] mask 25x50 seed 0"]
     assert before == {name: (folders[name] / RESULT_NAME).stat().st_mtime_ns for name in before}
+    assert (folders["full-data-100x100-seed-0"] / RECIPE_NAME).stat().st_mtime_ns == recipe
     repeated = json.loads((folders["mask-25x50-seed-0"] / RESULT_NAME).read_text())
     assert repeated["eval_loss"] == results["mask-25x50-seed-0"]["eval_loss"]
+
+
+def test_a_run_that_was_ended_by_a_signal_is_told_by_the_exit_status(tmp_path, config, monkeypatch, capfd):
+    (tmp_path / "killing.py").write_text("import os\n\ndef accuracy(trainer):\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compare, "_process_context", lambda: multiprocessing.get_context("fork"))  # imports nothing
+    assert cli.main(["compare", "--config", config(accuracy="killing:accuracy")]) == 1
+    shown = capfd.readouterr().out
+    assert shown.count("ended by signal 9") == 3
+    assert "3 of 3 runs were ended by a signal: start again to repeat them." in shown
 
 
 def test_the_plan_is_shown_without_running(tmp_path, config, capsys):

@@ -93,8 +93,8 @@ def test_bad_mappings_are_refused(options, message):
 
 
 def test_an_unknown_speaker_is_refused():
-    with pytest.raises(ValueError, match="the role 'tool'"):
-        normalize_messages([{"from": "tool", "value": "x"}])
+    with pytest.raises(ValueError, match="the role 'narrator'"):
+        normalize_messages([{"from": "narrator", "value": "x"}])
 
 
 @pytest.fixture
@@ -124,5 +124,5 @@ def test_what_cannot_be_loaded_is_refused(file, tmp_path):
     with pytest.raises(ValueError, match=r"`test_split_size` is 0\.5 and the data is streamed"):
         load_data(ScriptArguments(dataset_name=file, dataset_streaming=True), mixture)
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"`dataset_name` is '.*broken\.json', which cannot be used"):
+    with pytest.raises(ValueError, match=r"`dataset_name` is '.*broken\.json', which cannot be read: line 1 of"):
         load_data(ScriptArguments(dataset_name=str(tmp_path / "broken.json")), DatasetMixtureConfig())

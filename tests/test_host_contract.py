@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers.trainer_jit_checkpoint
 from conftest import tiny_llama
 from datasets import Dataset
 from test_trainer import make_trainer
@@ -13,7 +14,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from qtuning_trl.host import head, loop
+from qtuning_trl.host import checkpoints, head, loop
 
 
 def parameters(function) -> list[str]:
@@ -26,7 +27,25 @@ def parameters(function) -> list[str]:
         (Trainer.get_train_dataloader, ["self"]),
         (Trainer.get_batch_samples, ["self", "epoch_iterator", "num_batches", "device"]),
         (Trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]),
+        (Trainer._save_checkpoint, ["self", "model", "trial"]),
+        (SFTTrainer._save_checkpoint, ["self", "model", "trial"]),
+        (Trainer._get_output_dir, ["self", "trial"]),
+        (
+            Trainer._init_training_state,
+            [
+                "self",
+                "max_steps",
+                "num_update_steps_per_epoch",
+                "num_train_epochs",
+                "resume_from_checkpoint",
+                "trial",
+            ],
+        ),
         (Trainer._get_num_items_in_batch, ["self", "batch_samples", "device"]),
+        (
+            SFTTrainer._prepare_dataset,
+            ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+        ),
         (SFTTrainer.log, ["self", "logs", "start_time"]),
         (SFTTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),
@@ -52,6 +71,30 @@ def test_the_loop_advances_one_step_per_entry_of_get_batch_samples():
             f"Trainer._run_epoch no longer holds `{line}`: check that placeholders still keep the count of steps "
             "(QTuningSFTTrainer.get_batch_samples)."
         )
+
+
+def test_a_checkpoint_is_saved_where_and_in_the_order_that_we_mark_it():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    lines = (
+        'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"',
+        "self.save_model(output_dir, _internal_call=True)",
+        "self.state.save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))",
+        "rotate_checkpoints(",
+    )
+    places = [source.find(line) for line in lines]
+    assert places == sorted(places) and places[0] > 0, (  # noqa: PT018
+        "Trainer._save_checkpoint no longer saves the state last, and only then removes older checkpoints: adapt "
+        "qtuning_trl/host/checkpoints.py."
+    )
+    assert transformers.trainer.rotate_checkpoints is transformers.trainer_utils.rotate_checkpoints
+    assert f"{transformers.trainer_utils.PREFIX_CHECKPOINT_DIR}-12" == checkpoints.CHECKPOINT.match("checkpoint-12")[0]
+    assert transformers.trainer.TRAINER_STATE_NAME == checkpoints.STATE_NAME
+    assert checkpoints.MARK_NAME in inspect.getsource(transformers.trainer_jit_checkpoint), "our mark is transformers'"
+
+
+def test_a_run_without_epochs_left_makes_no_step():
+    """Why `_init_training_state` gives all epochs as done for a run that has made its steps."""
+    assert "for epoch in range(epochs_trained, num_train_epochs):" in inspect.getsource(Trainer._inner_training_loop)
 
 
 def test_the_train_loader_takes_its_collator_and_batch_size_where_we_set_them(tmp_path, tokenizer, prompt_completion):

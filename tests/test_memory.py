@@ -10,8 +10,10 @@ from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.host.head import lean_lm_head
 from qtuning_trl.scripts.sft import make_parser
 from qtuning_trl.step import memory
+from qtuning_trl.step import needs as needs_module
 from qtuning_trl.step.memory import EVERYTHING, Line, MemoryBudget, Needs
 from qtuning_trl.step.micro_batches import split_survivors
+from qtuning_trl.step.needs import count_needs
 
 STEP = {
     "budget": "25x50", "max_steps": 1, "gradient_checkpointing": True, "per_device_train_batch_size": 8,
@@ -161,14 +163,16 @@ def test_needs_are_those_of_longer_batches(tmp_path, model_dir, prompt_completio
     )
     state = torch.get_rng_state()
     trainer.model.gradient_checkpointing_enable()
-    needs = trainer._count_needs()
+    needs = count_needs(trainer.model, trainer.scorer, trainer.batcher, True)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert trainer.model.training
 
     cpu = torch.device("cpu")
     with lean_lm_head(cpu):
-        scoring, training, free = (memory._bytes_of(trainer.model, cpu, work) for work in works(trainer, tokens=128))
+        scoring, training, free = (
+            needs_module.bytes_of(trainer.model, cpu, work) for work in works(trainer, tokens=128)
+        )
     assert needs.scoring.bytes(128) == pytest.approx(scoring, rel=0.05)
     assert needs.training.bytes(128) == pytest.approx(training, rel=0.08)
     assert needs.free.bytes(128) == pytest.approx(free, rel=0.08)
@@ -180,13 +184,13 @@ def test_needs_are_those_of_longer_batches(tmp_path, model_dir, prompt_completio
 def works(trainer, tokens: int) -> list:
     """Scoring, training and training without checkpointing of a row of so many tokens."""
     found = []
-    own = memory._bytes_of
-    memory._bytes_of = lambda model, device, work: found.append(work) or 0
-    lengths, memory.PROBED = memory.PROBED, (tokens // 2, tokens)
+    own = needs_module.bytes_of
+    needs_module.bytes_of = lambda model, device, work: found.append(work) or 0
+    lengths, needs_module.PROBED = needs_module.PROBED, (tokens // 2, tokens)
     try:
-        trainer._count_needs()
+        count_needs(trainer.model, trainer.scorer, trainer.batcher, True)
     finally:
-        memory._bytes_of, memory.PROBED = own, lengths
+        needs_module.bytes_of, needs_module.PROBED = own, lengths
     return found[1::2]
 
 
@@ -247,7 +251,10 @@ def test_survivor_checkpointing_is_a_word_or_as_it_was_a_truth_value(tmp_path, g
             {"survivor_checkpointing": "sometimes"},
             "`survivor_checkpointing` is 'sometimes': choose one of 'true', 'auto'",
         ),
-        ({"survivor_batch_tokens": 0, "survivor_checkpointing": "auto"}, "`survivor_batch_tokens` is 0: give a number"),
+        (
+            {"survivor_batch_tokens": 0, "survivor_checkpointing": "auto"},
+            "`survivor_batch_tokens` is 0: give a whole number",
+        ),
         ({"survivor_batch_tokens": 99}, "`survivor_checkpointing` is 'true': set `survivor_checkpointing` to 'auto'"),
     ],
 )

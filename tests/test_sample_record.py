@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from qtuning_trl import load_record
 from qtuning_trl.records import samples as sample_record
 from qtuning_trl.records.run import COUNTS, SUMMARY_NAME
 from qtuning_trl.records.samples import RECORD_NAME, RecordReader, is_sampled, list_parts
+from qtuning_trl.report.report import run_data
 
 TESTS = Path(__file__).parent
 
@@ -305,6 +307,39 @@ def test_a_foreign_file_in_a_part_is_named(tmp_path, tokenizer, prompt_completio
     file.write_text("step,sample\n1,2\n")
     with pytest.raises(ValueError, match=r"samples\.parquet is no Parquet file that a run wrote"):
         load_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gone", "steps", "told"),
+    [
+        ("part-00000-00000001-00000002", {3, 4, 5, 6}, "2 steps from 1 to 2 are gone"),
+        ("part-00000-00000003-00000004", {1, 2, 5, 6}, "2 steps from 3 to 4 are gone"),
+        ("part-00000-00000003-00000004/samples.parquet", {1, 2, 5, 6}, "2 steps from 3 to 4 are gone"),
+    ],
+)
+def test_what_is_gone_from_a_record_is_told(
+    tmp_path, tokenizer, prompt_completion, monkeypatch, caplog, gone, steps, told
+):
+    monkeypatch.setattr(sample_record, "FLUSH_ROWS", 24)
+    train(tmp_path, tokenizer, prompt_completion)
+    assert RecordReader(tmp_path).missing_steps() == []
+    path = tmp_path / RECORD_NAME / gone
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert set(load_record(tmp_path)["step"]) == steps
+    assert RecordReader(tmp_path).missing_steps() == sorted({1, 2, 3, 4, 5, 6} - steps)
+    assert f"{told}, whole or in part, and not among the rows" in caplog.text
+    assert f"{told} from the record" in run_data(RecordReader(tmp_path), "run")["state"]
+
+
+def test_a_record_that_begins_with_a_resumed_run_lacks_nothing(tmp_path, tokenizer, prompt_completion):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, tokenizer, prompt_completion, record=False, max_steps=2, **options)
+    for steps in (4, 6):
+        trainer = make_trainer(tmp_path, tokenizer, prompt_completion, budget="50x50", max_steps=steps, **options)
+        trainer.train(resume_from_checkpoint=True)
+    reader = RecordReader(tmp_path)
+    assert (reader.last_step, set(reader.samples()["step"].to_pylist())) == (6, {3, 4, 5, 6})
+    assert reader.missing_steps() == []
 
 
 def test_texts_are_capped(tmp_path, tokenizer, monkeypatch):

@@ -246,6 +246,28 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(tmp_path, model_dir, data,
     assert not Path(f"{output}.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["scored.parquet", "scored"])
+def test_a_run_killed_when_its_result_was_there_is_finished_by_the_next_start(
+    tmp_path, model_dir, data, monkeypatch, name
+):
+    output, partial = tmp_path / name, tmp_path / f"{name}.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialScores, "remove", lambda self: None)
+        run(model_dir, data, output, "--budget", "25x50")
+    assert partial.is_dir()
+    again = scorer(model_dir, data, output, "--budget", "50x70")
+    assert again.partial.missing(again.parts) == []
+    again.score()
+    again.finish()
+    assert sum(read(output)["keep"]) == 45
+    assert list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*")) == []
+    partial.mkdir()
+    (partial / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="which exists: remove it"):  # not the folder of the run that wrote it
+        run(model_dir, data, output)
+    assert sum(read(output)["keep"]) == 45
+
+
 def test_another_budget_needs_no_new_scores_but_another_model_or_length_does(tmp_path, model_dir, data):
     output = tmp_path / "scored.parquet"
     scorer(model_dir, data, output).score()
@@ -279,7 +301,8 @@ def test_two_processes_write_what_one_writes(tmp_path, model_dir, data, whole):
 # The forward pass
 
 
-def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost():
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
+def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost(kind):
     lengths = [3, 9, 4, 12, 5, 7, 2, 8, 6, 10]
     documents = [Sample(np.zeros(n, int), np.full(n, 5), sample_id=n) for n in lengths]
     tried = []
@@ -288,6 +311,8 @@ def test_more_than_fits_is_halved_until_it_fits_and_no_row_is_lost():
         cells = len(batch) * max(len(document.input_ids) for document in batch)
         tried.append(cells)
         if cells > 30:
+            if kind == "CPU":
+                torch.empty(2**60)
             raise torch.OutOfMemoryError("too much")
         values = torch.cat([torch.full((len(document.input_ids) - 1,), document.sample_id / 10) for document in batch])
         return -values, values

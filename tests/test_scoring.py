@@ -420,6 +420,15 @@ def test_bad_values_are_refused(tmp_path, options, sentence):
         QTuningSFTConfig(str(tmp_path), **{"use_cpu": COMMON["use_cpu"], "bf16": False, **options})
 
 
+def test_out_of_memory_while_scoring_names_the_option(tmp_path, tokenizer, prompt_completion, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50", scoring_batch_tokens=80)
+    monkeypatch.setattr(trainer.scorer, "forward", lambda model, samples: torch.empty(2**60))
+    sentence = "Out of memory while scoring 80 tokens at once: set `scoring_batch_tokens` to less, such as 40, or lower"
+    with pytest.raises(MemoryError, match=sentence) as raised:
+        trainer.train()
+    assert "can't allocate memory" in str(raised.value.__cause__)
+
+
 def test_scoring_batches_follow_what_is_trained_at_once(tmp_path, tokenizer, prompt_completion):
     lengths = [10] * 16
     full = make_trainer(tmp_path, tokenizer, prompt_completion, budget="25x50")

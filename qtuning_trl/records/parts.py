@@ -108,14 +108,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table of a part; an empty one if the part has none."""
+def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """A table of a part, or some columns of it; an empty one if the part has none."""
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is gone: the run was started again meanwhile; read its record anew.")
     if not path.is_file():
-        return schema.empty_table()
+        return schema.empty_table().select(columns or schema.names)
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} is no Parquet file that a run wrote ({type(error).__name__}): remove its folder to read the rest."

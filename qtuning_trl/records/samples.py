@@ -14,7 +14,9 @@ checkpoint of its last step, so a resumed run cuts what lies beyond its checkpoi
 """
 
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,8 @@ FLUSH_SECONDS = 30.0
 FLUSH_ROWS = 20_000
 # Texts are for people to read: of a larger training set a process records those that it sees first.
 MAX_TEXT_TOKENS = 32_000_000
+
+logger = logging.getLogger(__name__)
 
 REASONS = ("quadrant", "fill", "trim")
 
@@ -135,8 +139,10 @@ class SampleRecorder(TrainerCallback):
 
     def _write_run(self, args: "QTuningSFTConfig", state: TrainerState, model: PreTrainedModel) -> None:
         summary = run_summary(self.record(), args)
+        file = self.folder / "run.json"
         facts = {
             "format": FORMAT,
+            "recorded_from": self._first_step(file, state.global_step),
             "model": model.config._name_or_path,
             "max_steps": state.max_steps,
             "resumed_from": state.global_step,
@@ -144,8 +150,17 @@ class SampleRecorder(TrainerCallback):
         }
         temporary = self.folder / ".run.json"
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / "run.json")
+        temporary.replace(file)
         self.tokenizer.save_pretrained(self.folder / "tokenizer")
+
+    def _first_step(self, file: Path, resumed_from: int) -> int:
+        """The first step that the record holds, which a resumed run goes on with."""
+        if resumed_from == 0:
+            return 1
+        try:
+            return int(json.loads(file.read_text(encoding="utf-8"))["recorded_from"])
+        except (OSError, ValueError, KeyError, TypeError):  # there was no record, or an earlier version's
+            return min([part.first for part in list_parts(self.folder)], default=resumed_from + 1)
 
     def on_step_end(self, args, state, control, **kwargs):
         record = self.record()
@@ -253,6 +268,20 @@ class RecordReader:
                 last[part.process] = max(last[part.process], part.last)
         self.last_step = min(last.values())  # each process writes when it likes: beyond it, some have not yet
 
+    def missing_steps(self) -> list[int]:
+        """
+        Steps that were made and are not in the record whole, since parts or files of them are gone.
+
+        Process 0 counts the candidates of all processes that have a score; each of them has a row.
+        """
+        rows = Counter(self._steps_of("samples", ["step"])["step"].to_pylist())
+        counted = {
+            step["step"]: (step["scored_samples"] or 0) + (step["stale_scores"] or 0)
+            for step in self.steps().to_pylist()
+        }
+        first = self.run.get("recorded_from", min(counted, default=1))
+        return [step for step in range(first, self.last_step + 1) if counted.get(step) != rows[step]]
+
     def samples(self) -> pa.Table:
         """A row per scored sample and step (see [`load_record`]), in order of step and process."""
         return self._steps_of("samples").sort_by([("step", "ascending"), ("process", "ascending")])
@@ -286,10 +315,15 @@ class RecordReader:
         except (OSError, ValueError, KeyError, ImportError):
             return None
 
-    def _steps_of(self, name: str) -> pa.Table:
-        tables = [TABLES[name].empty_table()]
-        tables += [read_table(part.path(self.folder, name), TABLES[name]) for part in self.parts]
+    def _steps_of(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        tables = [TABLES[name].empty_table().select(columns or TABLES[name].names)]
+        tables += [read_table(part.path(self.folder, name), TABLES[name], columns) for part in self.parts]
         return pa.concat_tables(tables, promote_options="default").filter(pc.field("step") <= self.last_step)
+
+
+def steps_in_words(steps: list[int]) -> str:
+    """`step 3 is`, `2 steps from 3 to 4 are`."""
+    return f"step {steps[0]} is" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} to {steps[-1]} are"
 
 
 def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataFrame":
@@ -323,7 +357,10 @@ def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataF
     Raises:
         `ValueError`: If there is no record, or it is not one of ours.
     """
-    table = RecordReader(path).samples()
+    reader = RecordReader(path)
+    table, missing = reader.samples(), reader.missing_steps()
+    if missing:
+        logger.warning(f"{reader.folder}: {steps_in_words(missing)} gone, whole or in part, and not among the rows.")
     if as_frame:
         return table.to_pandas()
     from datasets import Dataset

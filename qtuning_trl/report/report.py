@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..records.run import PHASES, QUADRANTS, THRESHOLDS, asked_shares
-from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
+from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader, steps_in_words
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ def run_data(reader: RecordReader, name: str, max_points: int = MAX_POINTS) -> d
 
 def _state(reader: RecordReader) -> str:
     last, goal = reader.last_step, reader.run["max_steps"]
-    return f"finished, {last:,} steps" if last >= goal else f"recorded up to step {last:,} of {goal:,}"
+    missing = reader.missing_steps()
+    gap = f"; {steps_in_words(missing)} gone from the record" if missing else ""
+    return (f"finished, {last:,} steps" if last >= goal else f"recorded up to step {last:,} of {goal:,}") + gap
 
 
 def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFrame") -> dict[str, Any]:

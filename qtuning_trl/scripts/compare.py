@@ -37,11 +37,13 @@ from ..studies.compare import (
     Run,
     load_comparison,
     markdown,
+    read_result,
     read_results,
     summarize,
     table_cells,
     to_json,
     write_result,
+    write_whole,
 )
 
 TABLE_NAME = "comparison"
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     `qtuning compare`.
 
     Returns:
-        `int`: 0, or 1 if a run failed.
+        `int`: 0, or 1 if a run failed or was ended by a signal.
 
     Raises:
         `ValueError`: If the comparison, or the options of one of its runs, cannot be used.
@@ -84,7 +86,9 @@ def main(argv: Sequence[str]) -> int:
     text = json.dumps(to_json(comparison, results), indent=2)
     (folder / f"{TABLE_NAME}.json").write_text(text + "\n", encoding="utf-8")
     print(f"Written to {folder / TABLE_NAME}.md and .json")
-    return 1 if any(row["failures"] for row in rows) else 0
+    if len(results) < len(runs):
+        print(f"{len(runs) - len(results)} of {len(runs)} runs were ended by a signal: start again to repeat them.")
+    return 1 if len(results) < len(runs) or any(row["failures"] for row in rows) else 0
 
 
 def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
@@ -103,14 +107,16 @@ def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
 def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
     path = folder / RECIPE_NAME
     text = _recipe(folder, comparison, run)
-    if path.is_file() and path.read_text(encoding="utf-8") != text and (folder / RESULT_NAME).is_file():
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # What is a beginning of the recipe was cut off while an earlier version wrote it.
+    if not text.startswith(before) and (folder / RESULT_NAME).is_file():
         raise ValueError(
             f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options: give another "
             "`output_dir`, or remove that folder."
         )
-    if not dry:
+    if not dry and before != text:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
 
 
 def _check_options(comparison: Comparison, runs: list[Run]) -> None:
@@ -171,13 +177,16 @@ def _process_context() -> Any:
 
 def _run(context: Any, folder: Path, run: Run, comparison: Comparison, place: str, retry: bool) -> None:
     failure = folder / FAILURE_NAME
-    if (folder / RESULT_NAME).is_file() or (failure.is_file() and not retry):
+    if read_result(folder) is not None or (failure.is_file() and not retry):
         return
     failure.unlink(missing_ok=True)
     print(f"[{place}] {run.pruner} {run.budget} seed {run.seed}", flush=True)
     process = context.Process(target=_run_here, args=(folder, run.pruner, comparison.accuracy))
     process.start()
-    process.join()
+    try:
+        process.join()
+    finally:
+        process.terminate()  # of no effect if it has ended
     status = process.exitcode or 0
     if status < 0:
         # Killed from outside, as by Ctrl-C or for want of memory: no verdict on the run, which is repeated next time.

@@ -103,17 +103,16 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
     Raises:
         `ValueError`: For what cannot be planned, in one sentence.
     """
-    from ..data import missing_files
+    from ..files import refuse_data
     from ..plan.plan import Planner
     from .sft import make_parser as make_recipe_parser
 
-    parsed = make_recipe_parser().parse([*argv, "--use_cpu", "true"])
+    parsed = make_recipe_parser().parse([*argv, *_as_on_cpu(argv)])
     script_args, training_args, model_args, dataset_args = parsed.dataclasses
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
-    missing = missing_files(script_args, dataset_args)
-    if missing is not None:
-        raise ValueError(missing)
+    if script_args.dataset_name or dataset_args.datasets:
+        refuse_data(script_args.dataset_name, [vars(entry) for entry in dataset_args.datasets])
     if model_args.load_in_8bit:
         raise ValueError("`load_in_8bit` is true: plan with `load_in_4bit` or without both; 8 bits are not counted.")
     optimizer = str(getattr(training_args.optim, "value", training_args.optim))
@@ -132,6 +131,16 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
         arguments = [part for argument in parsed.launch_args for part in argument.split("=", 1)]
         processes = int(arguments[arguments.index("--num_processes") + 1])
     return Planner(script_args, training_args, model_args, dataset_args, processes, whole)
+
+
+def _as_on_cpu(argv: Sequence[str]) -> list[str]:
+    """What a recipe for a GPU needs to be parsed on a CPU, which has no float16; bfloat16 is as large."""
+    from ..recipes import load_recipe
+
+    given = load_recipe(argv[argv.index("--config") + 1]) if "--config" in argv else {}
+    typed = argv[argv.index("--fp16") + 1 :][:1] if "--fp16" in argv else [str(given.get("fp16", False))]
+    half = typed == [] or typed[0].lower() != "false"
+    return ["--use_cpu", "true", *(["--fp16", "false", "--bf16", "true"] if half else [])]
 
 
 def recipe_planner(path: Path) -> Any:

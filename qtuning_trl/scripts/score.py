@@ -7,7 +7,13 @@ accelerate launch -m qtuning_trl.scripts.score --config recipes/smollm2-135m-lor
 ```
 """
 
-import shutil
+if __name__ == "__main__":  # before the imports, which take seconds
+    import signal
+
+    from qtuning_trl.interrupts import end_in_one_line
+
+    end_in_one_line(signal.SIGINT)
+
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +30,8 @@ from trl import DatasetMixtureConfig, ModelConfig
 
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, pick_split
+from ..data import load_data, pick_split
+from ..early import check_early
 from ..recipes import Parsed, RecipeParser
 from ..records.run import asked_shares
 from ..step.sample import SAMPLE_ID, answer_lengths, number_rows
@@ -39,8 +46,15 @@ from ..studies.dataset_scoring import (
     score_rows,
     select_rows,
 )
-from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, output_features, pruned_rows, write_rows
-from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files
+from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, is_written, output_features, pruned_rows, write_rows
+from .sft import (
+    QTuningScriptArguments,
+    find_model,
+    mapped,
+    model_init_kwargs,
+    refuse_missing_files,
+    settle_template,
+)
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -182,7 +196,7 @@ def refuse_bad_options(script_args: ScoreArguments, dataset_args: DatasetMixture
             f"`output` is {script_args.output!r} and `output_format` is {form!r}: they disagree, so give only one of "
             "the two."
         )
-    if output.exists():
+    if output.exists() and not is_written(output, partial_folder(script_args)):
         raise ValueError(f"`output` is {script_args.output!r}, which exists: remove it, or give another name.")
     refuse_foreign_folder(partial_folder(script_args))
     if script_args.columns != "all" and not script_args.kept_only:
@@ -237,18 +251,10 @@ class DatasetScorer:
         with training_args.main_process_first(desc="data set mapping"):
             splits = load_data(script_args, dataset_args)
             self.original: Dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
-            mapped = map_columns(
-                self.original,
-                script_args.prompt_template,
-                script_args.completion_template,
-                script_args.messages_column,
-                num_proc=training_args.dataset_num_proc,
-            )
+            rows = mapped(self.original, script_args, training_args)
         # The rows' own ids would stand in the way of their numbers, by which the result finds the original columns.
-        own_ids = [SAMPLE_ID] if SAMPLE_ID in mapped.column_names else []
-        self.trainer = build_trainer(
-            number_rows(mapped.remove_columns(own_ids)), script_args, training_args, model_args
-        )
+        own_ids = [SAMPLE_ID] if SAMPLE_ID in rows.column_names else []
+        self.trainer = build_trainer(number_rows(rows.remove_columns(own_ids)), script_args, training_args, model_args)
         prepared: Any = self.trainer.train_dataset
         self.prepared: Dataset = prepared.select_columns(["input_ids", "labels", SAMPLE_ID])
         self.parts = -(-len(self.prepared) // script_args.rows_per_part)
@@ -357,7 +363,7 @@ class DatasetScorer:
             self._push(result)
         finally:
             del result
-            shutil.rmtree(self.partial.folder)
+            self.partial.remove()
 
     def _summary(self, decisions: Decisions) -> str:
         rows, kept = len(decisions.keep), int(decisions.keep.sum())
@@ -404,6 +410,7 @@ def build_trainer(
 
     set_seed(training_args.seed)
     name = find_model(model_args, training_args)
+    settle_template(train_dataset, name, script_args, training_args)
     init_kwargs = model_init_kwargs(model_args, training_args)
     training_args.model_init_kwargs = init_kwargs
     processing_class = load_processing_class(name, training_args)
@@ -426,7 +433,8 @@ def build_trainer(
 def run(argv: Sequence[str]) -> None:
     """What each launched process does; ends it with one line if something goes wrong."""
     with exit_on_error(BAD_INPUT):
-        parsed = parse(take_traceback_flag(argv))
+        check_early(argv := take_traceback_flag(argv), "score")
+        parsed = parse(argv)
         if parsed.typed_launch_args:
             raise ValueError(
                 f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "

@@ -7,7 +7,13 @@ accelerate launch -m qtuning_trl.scripts.sft --config recipes/smollm2-135m-lora.
 ```
 """
 
-import os
+if __name__ == "__main__":  # before the imports, which take seconds
+    import signal
+
+    from qtuning_trl.interrupts import end_in_one_line
+
+    end_in_one_line(signal.SIGINT)
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +25,12 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, missing_files, pick_split
+from ..data import load_data, map_columns, pick_split, recognize
+from ..early import check_early
+from ..files import refuse_unusable_files
+from ..host.checkpoints import checkpoint_to_resume, explained_if_full
 from ..recipes import Parsed, RecipeParser
+from ..values import refuse_missing_extras
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -50,11 +60,39 @@ class QTuningScriptArguments(ScriptArguments):
             "e.g. `'conversations'`. They need a chat template."
         },
     )
+    as_messages: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a prompt and its completion become the turns of a user and an assistant, written down by "
+            "the chat template. Without templates, known columns are taken (`instruction`, `input`, `output`; "
+            "`question`, `answer`; ...); `system`, `history` and `tools` go with them."
+        },
+    )
+    fallback_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for a model that has none: a Jinja file, or a model that has one. A model that has "
+            "its own keeps it, other than with `chat_template_path`."
+        },
+    )
+
+
+@dataclass
+class SFTScriptArguments(QTuningScriptArguments):
+    """Those of the data, and whether to train at all."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to stop before training, and print what would be trained on: rows, what is left out and "
+            "cut, three samples with what is labelled marked, candidates and steps, and what is unusual."
+        },
+    )
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
     """The parser of the four groups of options. A recipe changes its defaults, so make one for each parse."""
-    types = (QTuningScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
+    types = (SFTScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
     return RecipeParser(types, prog=prog or "qtuning sft", description=__doc__.strip().split("\n")[0], epilog=EPILOG)
 
 
@@ -76,47 +114,18 @@ def refuse_missing_files(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Raise a `ValueError` if no model or no data is named, or a local file that does not exist is."""
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
-    if model.startswith(("./", "../", "/", "~")) and not Path(model).exists():
-        raise ValueError(f"`model_name_or_path` is {model!r}: no such folder; give one that holds a model.")
-    if script_args.dataset_name is None and not dataset_args.datasets:
-        raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
-    missing = missing_files(script_args, dataset_args)
-    if missing is not None:
-        raise ValueError(missing)
-    template = training_args.chat_template_path
-    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ValueError(f"`chat_template_path` is {template!r}: no such file; give a Jinja file or a model.")
-    training_args.resume_from_checkpoint = checkpoint_to_resume(training_args)
-
-
-def checkpoint_to_resume(training_args: QTuningSFTConfig) -> str | None:
-    """
-    The folder of the checkpoint that `resume_from_checkpoint` means: `true` is the last one in `output_dir`.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted: Any = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        output_dir = str(training_args.output_dir)
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is true and `output_dir` {output_dir!r} holds no checkpoint: leave "
-                "`resume_from_checkpoint` out to start anew, or give the `output_dir` of the interrupted run."
-            )
-        return last
-    if not os.path.isdir(wanted):
-        raise ValueError(f"`resume_from_checkpoint` is {wanted!r}: no such folder; give a checkpoint's, or true.")
-    return wanted
+    """Raise a `ValueError` if no model or no data is named, or what is named cannot be meant."""
+    undone = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
+    for option, holder in (("chat_template_path", training_args), *((name, script_args) for name in undone)):
+        if str(getattr(holder, option)).lower() in ("null", "none"):
+            setattr(holder, option, None)  # the command line's way to undo a recipe's
+    names = ("dataset_name", "fallback_chat_template")
+    values = {**vars(training_args), **vars(model_args), **{name: getattr(script_args, name) for name in names}}
+    refuse_missing_extras(values)
+    refuse_unusable_files({**values, "datasets": [vars(entry) for entry in dataset_args.datasets]})
+    training_args.resume_from_checkpoint = checkpoint_to_resume(
+        str(training_args.output_dir), training_args.resume_from_checkpoint
+    )
 
 
 def build_trainer(
@@ -155,6 +164,7 @@ def build_trainer(
         eval_dataset = None
         if with_eval or training_args.eval_strategy != "no":
             eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
+    settle_template(train_dataset, model, script_args, training_args)
     return QTuningSFTTrainer(
         model=model,
         args=training_args,
@@ -203,19 +213,48 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
 def _mapped(
     splits: Any, name: str, kind: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
 ) -> Any:
-    return map_columns(
-        pick_split(splits, name, f"dataset_{kind}_split"),
-        script_args.prompt_template,
-        script_args.completion_template,
-        script_args.messages_column,
-        keep=(training_args.group_column, training_args.score_column),
-        num_proc=training_args.dataset_num_proc,
-    )
+    return mapped(pick_split(splits, name, f"dataset_{kind}_split"), script_args, training_args)
+
+
+def mapped(dataset: Any, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig) -> Any:
+    """A data set with its columns mapped; conversations that no option names are recognized, and answers labelled."""
+    counted = (training_args.group_column, training_args.score_column)
+    templates = (script_args.prompt_template, script_args.completion_template)
+    column = script_args.messages_column
+    first: dict[str, Any] = next(iter(dataset), {})
+    if column is not None and isinstance(first.get(column), str):
+        raise ValueError(
+            f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
+            "of turns), or use `prompt_template` and `completion_template`."
+        )
+    if column is None and not any(templates) and not script_args.as_messages:
+        column = recognize(dataset, counted, training_args.dataset_text_field)
+        if column not in (None, "messages"):
+            training_args.assistant_only_loss = True
+    num_proc = training_args.dataset_num_proc
+    return map_columns(dataset, *templates, column, script_args.as_messages, keep=counted, num_proc=num_proc)
+
+
+def settle_template(
+    dataset: Any, model: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
+) -> None:
+    """Choose the chat template for mapped data: the model's own, if it has one."""
+    from ..chat_templates import settle_chat_template
+    from ..conversations import is_conversation
+    from ..host.loading import load_processing_class
+
+    first: dict[str, Any] = next(iter(dataset), {})
+    if is_conversation(first.get("messages")) or is_conversation(first.get("prompt")):
+        tokenizer = load_processing_class(model, training_args)
+        settle_chat_template(tokenizer, training_args, script_args.fallback_chat_template)
 
 
 def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
     """Train, save, write the model card, and say where everything is; around the demo's data goes its report."""
+    from ..data_check import one_line
+    from ..dry_run import prepared_rows
     from ..records.run import SUMMARY_NAME
+    from ..report.lines import closing_lines
 
     args = trainer.args
     output_dir = str(args.output_dir)
@@ -224,13 +263,15 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
         from ..demo.report import DemoReport
 
         report = DemoReport(trainer, demo.load_demo_dataset()["test"])
+    trainer.accelerator.print(one_line(trainer.data_check, args, prepared_rows(trainer)))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(output_dir)
+    with explained_if_full(Path(output_dir)):
+        trainer.save_model(output_dir)
     trainer.create_model_card(dataset_name=dataset_name)
     if report is not None:
         report.finish(output_dir)
-    what = "Adapter" if getattr(trainer.model, "peft_config", None) else "Model"
-    trainer.accelerator.print(f"{what} saved to {output_dir}; what was kept: {os.path.join(output_dir, SUMMARY_NAME)}")
+    adapter = bool(getattr(trainer.model, "peft_config", None))
+    trainer.accelerator.print(closing_lines(trainer.summary(), output_dir, adapter, SUMMARY_NAME))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
@@ -250,14 +291,26 @@ def main(
         [`QTuningSFTTrainer`]: The trainer, after training.
     """
     trainer = build_trainer(script_args, training_args, model_args, dataset_args)
-    train(trainer, script_args.dataset_name)
+    finish(trainer, script_args)
     return trainer
+
+
+def finish(trainer: "QTuningSFTTrainer", script_args: QTuningScriptArguments) -> None:
+    """Train, or with `dry_run` say what would be trained on."""
+    if getattr(script_args, "dry_run", False):
+        from ..dry_run import describe
+
+        trainer.accelerator.print(describe(trainer))
+        trainer.end()
+    else:
+        train(trainer, script_args.dataset_name)
 
 
 def run(argv: Sequence[str]) -> None:
     """What each launched process does; ends it with one line if something goes wrong."""
     with exit_on_error(BAD_INPUT):
-        parsed = parse(take_traceback_flag(argv))
+        check_early(argv := take_traceback_flag(argv), "sft")
+        parsed = parse(argv)
         if parsed.typed_launch_args:
             raise ValueError(
                 f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "
@@ -265,7 +318,7 @@ def run(argv: Sequence[str]) -> None:
             )
         trainer = build_trainer(*parsed.dataclasses)
     with exit_on_error(FAILED_RUN):
-        train(trainer, parsed.dataclasses[0].dataset_name)
+        finish(trainer, parsed.dataclasses[0])
 
 
 if __name__ == "__main__":

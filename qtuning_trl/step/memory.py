@@ -2,20 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from torch.random import fork_rng
+from accelerate.logging import get_logger
 
 from ..config import QTuningSFTConfig
-from ..host.ledger import Ledger
-from .sample import Sample
 
-# Tokens of the two rows that are counted: enough for a straight line, and less than any card is short of.
-PROBED = (32, 64)
+logger = get_logger(__name__)
+
 # Share of the memory that is free which survivors may take: on a card the rest is fragmentation's, on a CPU other
 # programs use it too.
 SHARE_OF_FREE = {"cpu": 0.5}
@@ -125,6 +120,10 @@ class MemoryBudget:
     def shrink(self, tokens: int) -> None:
         """After a micro-batch of so many tokens was too large: half of them are tried from now on."""
         self.free_tokens = min(self.free_tokens, tokens // 2)
+        logger.warning(
+            f"Out of memory with {tokens} tokens of survivors without gradient checkpointing: they are trained with "
+            f"it, and from now on micro-batches of more than {self.free_tokens} tokens are, too."
+        )
 
 
 def free_memory(device: torch.device) -> int:
@@ -133,69 +132,3 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(psutil.virtual_memory().available)
-
-
-def count_needs(
-    model: Any,
-    device: torch.device,
-    collate: Callable[[list[Sample]], dict[str, Any]],
-    score: Callable[[list[Sample]], Any],
-    free: Callable[[], Any] | None,
-    autocast: Callable[[], Any],
-    longest: int,
-) -> Needs:
-    """
-    What batches of the model need, counted on two short rows; generators and gradients are left as they were.
-
-    Args:
-        model: The model that is trained, with TRL's fused head, and no gradients yet.
-        device (`torch.device`): Where it is.
-        collate (`Callable`): Makes the model's arguments, on its device, of samples.
-        score (`Callable`): Scores samples.
-        free (`Callable`, *optional*): A context in which the model keeps its activations, if it is to be counted.
-        autocast (`Callable`): The context in which it is trained.
-        longest (`int`): The most tokens that the model takes.
-    """
-
-    def train(samples: list[Sample]) -> None:
-        with autocast():
-            outputs = model(**collate(samples), use_cache=False, fused_lm_head=True)
-        (-outputs.log_probs.sum()).backward()
-
-    def train_free(samples: list[Sample]) -> None:
-        assert free is not None
-        with free():
-            train(samples)
-
-    was_training, before = model.training, {name: p.grad for name, p in model.named_parameters()}
-    model.train()
-    lengths = [min(tokens, longest) for tokens in PROBED]
-    lengths[0] = min(lengths[0], lengths[1] // 2)
-    lines = []
-    with fork_rng(devices=[device] if device.type == "cuda" else []):
-        for work in (score, train, train_free)[: 2 if free is None else 3]:
-            points = []
-            for length in lengths:
-                points.append((length, _bytes_of(model, device, partial(work, [_sample(length)]))))
-                for name, parameter in model.named_parameters():
-                    parameter.grad = before[name]
-            lines.append(Line.through(*points))
-    model.train(was_training)
-    return Needs(*lines)
-
-
-def _sample(tokens: int) -> Sample:
-    ids = np.arange(tokens, dtype=np.int64) % 8
-    return Sample(ids, np.where(ids % 2 == 0, ids, -100), sample_id=-1)
-
-
-def _bytes_of(model: Any, device: torch.device, work: Callable[[], Any]) -> int:
-    """The most bytes alive on the device during `work`, beyond the model's own."""
-    ledger = Ledger(device=device)
-    for tensor in (*model.parameters(), *model.buffers()):
-        ledger.track(tensor)
-    own = ledger.bytes
-    ledger.start_peak()
-    with ledger:
-        work()
-    return ledger.peak.bytes - own

@@ -4,16 +4,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 FILE_NAME = "qtuning_scores.npz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """
     Per-token values of one sample, and when they were computed.
@@ -33,7 +33,7 @@ class Score:
 
 class ScoreCache:
     """
-    The latest score of each sample; about 8 bytes an answer token.
+    The latest score of each sample; about 350 bytes each, and 8 for each answer token (docs/benchmarks.md).
 
     Every process holds those of all processes, since a sample may turn up on another one in the next epoch.
 
@@ -91,12 +91,14 @@ class ScoreCache:
         self.news.clear()
 
     def save(self, folder: str | Path) -> None:
-        """Write `qtuning_scores.npz` into a checkpoint."""
+        """Write `qtuning_scores.npz` into a checkpoint: the whole file or none."""
         ids = list(self.scores)
         scores = list(self.scores.values())
         empty = np.zeros(0, dtype=np.float32)
+        path = Path(folder, FILE_NAME)
+        temporary = path.with_name(f".{FILE_NAME}")
         np.savez(
-            Path(folder, FILE_NAME),
+            temporary,
             sample_id=np.array(ids, dtype=np.int64),
             step=np.array([score.step for score in scores], dtype=np.int64),
             epoch=np.array([score.epoch for score in scores], dtype=np.int64),
@@ -104,26 +106,39 @@ class ScoreCache:
             nll=np.concatenate([empty, *(score.nll for score in scores)]),
             entropy=np.concatenate([empty, *(score.entropy for score in scores)]),
         )
+        temporary.replace(path)
 
     def load(self, folder: str | Path) -> bool:
-        """Go on from a checkpoint; whether it has scores. Without them the samples are scored anew."""
+        """
+        Go on from a checkpoint; whether it has scores. Without them the samples are scored anew.
+
+        Raises:
+            `ValueError`: If the file is damaged.
+        """
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             return False
-        with np.load(path) as arrays:
-            nll, entropy = arrays["nll"], arrays["entropy"]
-            columns = [arrays[name].tolist() for name in ("sample_id", "step", "epoch")]
-            ends = np.cumsum(arrays["tokens"])
-            spans = zip((ends - arrays["tokens"]).tolist(), ends.tolist(), strict=True)
-            self.scores = {
-                sample_id: Score(nll[start:end], entropy[start:end], step, epoch)
-                for sample_id, step, epoch, (start, end) in zip(*columns, spans, strict=True)
-            }
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in ("sample_id", "step", "epoch", "tokens", "nll", "entropy")}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"'{path}' is damaged ({type(error).__name__}): resume from an earlier checkpoint, or remove this file "
+                "to score every sample anew."
+            ) from error
+        nll, entropy = arrays["nll"], arrays["entropy"]
+        columns = [arrays[name].tolist() for name in ("sample_id", "step", "epoch")]
+        ends = np.cumsum(arrays["tokens"])
+        spans = zip((ends - arrays["tokens"]).tolist(), ends.tolist(), strict=True)
+        self.scores = {
+            sample_id: Score(nll[start:end], entropy[start:end], step, epoch)
+            for sample_id, step, epoch, (start, end) in zip(*columns, spans, strict=True)
+        }
         return True
 
 
 class ScoreKeeper(TrainerCallback):
-    """Counts the epochs, tells all processes what each has scored, and saves the scores with each checkpoint."""
+    """Counts the epochs, and tells all processes what each has scored."""
 
     def __init__(self, cache: ScoreCache):
         self.cache = cache
@@ -137,8 +152,3 @@ class ScoreKeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cache.take_in(gather_object([self.cache.news]) if args.world_size > 1 else [])
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            self.cache.save(folder)

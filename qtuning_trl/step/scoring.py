@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -180,7 +181,16 @@ class Scorer:
         # Only the model that is trained casts by itself, not one that scores for it.
         with lean_scoring(model, self.args.device, flat), self.accelerator.autocast():
             chosen = [[now[index] for index in batch] for batch in batches]
-            values = score_documents(pool, answer_mask(pool), chosen, forward)
+            try:
+                values = score_documents(pool, answer_mask(pool), chosen, forward)
+            except RuntimeError as error:
+                # Where the host looks for a batch size that fits, it must see the error itself.
+                if self.args.auto_find_batch_size or not is_out_of_memory(error):
+                    raise
+                raise MemoryError(
+                    f"Out of memory while scoring {batch_tokens} tokens at once: set `scoring_batch_tokens` to less, "
+                    f"such as {max(batch_tokens // 2, 1)}, or lower `max_length`, if a single sample does not fit."
+                ) from error
             for _ in range(idle):
                 forward([dummy_sample(self.pad_token_id)])
         return values
@@ -240,6 +250,11 @@ def scoring_collator(
         or all(can_attend_by_document(model, device) for model in models)
     )
     return replace(collator, padding_free=flatten)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory is used up: a GPU's, or a CPU's ("can't allocate memory")."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def refuse_diverged(finite: Tensor, args: QTuningSFTConfig, state: TrainerState) -> None:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy import stats
 
 from .. import pruners
+
+try:
+    from scipy import stats
+except ImportError:
+    raise ImportError("comparisons need scipy, which is not installed: pip install 'qtuning-trl[compare]'.") from None
 
 RESULT_NAME = "result.json"
 FAILURE_NAME = "failure.txt"
@@ -204,19 +208,33 @@ def pruner_options(pruner: Any) -> tuple[str, dict[str, Any]]:
 # Results
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a hidden name and rename it, so that a kill leaves no half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write the result of a run whole or not at all, so that a killed run is repeated."""
-    temporary = folder / f".{RESULT_NAME}"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / RESULT_NAME)
+    write_whole(folder / RESULT_NAME, json.dumps(result, indent=2) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a run; `None` if it has none, or a damaged one, so that it is repeated."""
+    try:
+        return json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def read_results(folder: Path, runs: Iterable[Run]) -> dict[Run, dict[str, Any]]:
     """Results of the finished runs; of a failed one `{"failure": why}`."""
     found: dict[Run, dict[str, Any]] = {}
     for run in runs:
-        if (folder / run.name / RESULT_NAME).is_file():
-            found[run] = json.loads((folder / run.name / RESULT_NAME).read_text(encoding="utf-8"))
+        result = read_result(folder / run.name)
+        if result is not None:
+            found[run] = result
         elif (folder / run.name / FAILURE_NAME).is_file():
             found[run] = {"failure": (folder / run.name / FAILURE_NAME).read_text(encoding="utf-8").strip()}
     return found

@@ -9,6 +9,7 @@ The result is put together in `scored_data.py`.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,7 +33,7 @@ from ..step.sample import (
     prune_document,
     split_documents,
 )
-from ..step.scoring import score_documents, scoring_batches
+from ..step.scoring import is_out_of_memory, score_documents, scoring_batches
 
 # Tokens scored at once where nothing else is said: on a CPU, and on a GPU to begin with.
 CPU_TOKENS = 4096
@@ -80,7 +81,9 @@ class BatchSize:
         """
         try:
             return forward(documents)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             longest = max(len(document.input_ids) for document in documents)
         # Only here, where the failed forward's tensors are gone with its traceback.
         torch.cuda.empty_cache()
@@ -234,6 +237,13 @@ class PartialScores:
         tables = [self.read(part, ["perplexity", "entropy"]) for part in range(parts)]
         perplexity, entropy = (np.concatenate([table[axis].to_numpy() for table in tables]) for axis in (0, 1))
         return perplexity, entropy
+
+    def remove(self) -> None:
+        """Remove the folder: all of it at once for those who look, so that no half of it is gone on with."""
+        hidden = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        self.folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def refuse_foreign_folder(folder: Path) -> None:

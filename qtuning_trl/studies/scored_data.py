@@ -26,6 +26,7 @@ SCORE_COLUMNS = {
 }
 COLUMNS = ("all", "tokens", "original")
 FORMATS = ("parquet", "jsonl", "dataset")
+WRITTEN_NAME = "result.written"
 
 
 def own_columns(own: Features, columns: str) -> list[str]:
@@ -132,7 +133,10 @@ def write_rows(tables: Iterable[pa.Table], features: Features, output: Path, for
     Returns:
         `Dataset`: The result, mapped from `scratch`.
     """
-    rows_file, result = scratch / "rows.arrow", scratch / "result"
+    rows_file, result, written = scratch / "rows.arrow", scratch / "result", scratch / WRITTEN_NAME
+    if is_written(output, scratch):
+        _remove(output)
+    written.unlink(missing_ok=True)
     if result.is_dir():  # of a run that was killed here
         shutil.rmtree(result)
     with pa.OSFile(str(rows_file), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
@@ -147,5 +151,15 @@ def write_rows(tables: Iterable[pa.Table], features: Features, output: Path, for
     else:
         dataset.to_json(result, lines=True, double_precision=15)  # 10 by default
     output.parent.mkdir(parents=True, exist_ok=True)
+    written.touch()
     os.replace(result, output)
     return dataset
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_written(output: Path, scratch: Path) -> bool:
+    """Whether `output` is the result of the run whose folder `scratch` is, killed between writing and clearing up."""
+    return output.exists() and (scratch / WRITTEN_NAME).exists() and not (scratch / "result").exists()
