@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from qtuning_trl.sample_record import KEPT_MASK, SAMPLE_ID, RecordReader
+
+from qtuning_trl.records.samples import KEPT_MASK, SAMPLE_ID, RecordReader
 
 # Heading, what it says of the cell, and which rows of the record belong to it.
 CELLS = (
@@ -114,7 +115,8 @@ def page(run: str | Path, data: str, last_step: int, each: int) -> str:
         "cell in the record's order; nobody chose them. Pruned tokens are <del>struck through</del>, ⏎ is a line "
         "break. Made by `docs/make_examples.py`, which says how in its first lines."
     )
-    parts = ["# Decoded examples", textwrap.fill(introduction, 120)]
+    for_whom = "For those who want to see, in words, what the method keeps, drops and strikes out."
+    parts = ["# Decoded examples", for_whom, textwrap.fill(introduction, 120)]
     texts = reader.texts(row[SAMPLE_ID] for row in rows)
     for name, meaning, belongs in CELLS:
         cell = [row for row in rows if belongs(row)]

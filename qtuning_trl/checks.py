@@ -10,6 +10,8 @@ from trl.data_utils import is_conversational_from_value
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import QTuningSFTConfig
+from .data_check import CUT_WHOLE, DataCheck
+from .shapes import refuse_preferences, refuse_unknown_columns
 from .step.sample import SAMPLE_ID
 
 
@@ -82,9 +84,14 @@ def _refuse_distributed_options(args: QTuningSFTConfig) -> None:
             )
 
 
-def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig) -> dict[str, Any] | None:
+def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig, formatted: bool = False) -> dict[str, Any] | None:
     """
     Raise a `ValueError` for a training set that cannot be trained on.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): As it was given.
+        args ([`QTuningSFTConfig`]): The configuration.
+        formatted (`bool`): Whether a `formatting_func` makes texts of its rows.
 
     Returns:
         `dict` or `None`: Its first example; `None` if it is no dataset at all, which TRL refuses in its own words.
@@ -110,6 +117,9 @@ def refuse_unusable_dataset(dataset: Any, args: QTuningSFTConfig) -> dict[str, A
             f"`train_dataset` has the column {vision[0]!r}: use a text dataset or remove the column, since Q-Tuning "
             "does not prune vision data."
         )
+    refuse_preferences(first, (args.score_column, args.group_column))
+    if not formatted:
+        refuse_unknown_columns(first, args.dataset_text_field)
     if args.group_column is not None and args.group_column not in first:
         raise ValueError(
             f"`group_column` is {args.group_column!r}: choose one of the dataset's columns ({', '.join(first)}), or "
@@ -165,31 +175,34 @@ def refuse_missing_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def refuse_missing_answers(dataset: Any, rows_before: int | None, args: QTuningSFTConfig) -> int:
+def refuse_missing_answers(dataset: Any, check: DataCheck, args: QTuningSFTConfig) -> None:
     """
     Raise a `ValueError` if no prepared row has an answer token.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): The training set as TRL prepared it.
-        rows_before (`int`, *optional*): Rows it had before, if that is known.
+        check ([`~data_check.DataCheck`]): What was counted of it.
         args ([`QTuningSFTConfig`]): The configuration.
-
-    Returns:
-        `int`: Rows that TRL dropped because `max_length` cuts off their whole answer.
     """
 
     def has_answer(example: dict[str, Any]) -> bool:
         return any(label != -100 for label in example.get("labels", example["input_ids"])[1:])
 
-    if not any(has_answer(example) for example in dataset):
-        if rows_before is not None and len(dataset) == 0:
-            raise ValueError(
-                f"`max_length` is {args.max_length}: it cuts off the whole answer of each of the {rows_before} rows; "
-                "raise it, or shorten the prompts."
-            )
+    if any(has_answer(example) for example in dataset):
+        return
+    if check.dropped and check.dropped[CUT_WHOLE] == check.dropped.total():
         raise ValueError(
-            "`train_dataset` has no row with an answer token: check that the answers are not empty, and that "
-            f"`max_length` ({args.max_length}), `completion_only_loss` and `assistant_only_loss` leave labels other "
-            "than -100."
+            f"`max_length` is {args.max_length}: it cuts off the whole answer of each of the "
+            f"{check.dropped[CUT_WHOLE]} rows; raise it, or shorten the prompts."
         )
-    return 0 if rows_before is None or args.packing else rows_before - len(dataset)
+    if check.dropped and not check.dropped[CUT_WHOLE]:
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in check.dropped.items())
+        raise ValueError(
+            f"`train_dataset` has no row with an answer token ({reasons}): give each row an answer, and labels other "
+            "than -100 for its tokens."
+        )
+    raise ValueError(
+        "`train_dataset` has no row with an answer token: check that the answers are not empty, and that "
+        f"`max_length` ({args.max_length}), `completion_only_loss` and `assistant_only_loss` leave labels other "
+        "than -100."
+    )

@@ -5,10 +5,20 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Json, List, Value, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from . import demo
+from .conversations import (
+    HISTORY_COLUMN,
+    SYSTEM_COLUMNS,
+    TOOLS_COLUMN,
+    normalize_messages,
+    past_turns,
+    tools_as_json,
+    with_system,
+)
+from .shapes import PAIRS, conversation_column, known_pairs, refuse_preferences, refuse_unknown_columns
 
 Row = dict[str, Any]
 FORMATS = {
@@ -18,13 +28,6 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
     ".arrow": "arrow",
-}
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
 }
 # What TRL looks at to tell one type of data set from another: left beside the mapped columns, they would mislead it.
 TRL_COLUMNS = {"prompt", "completion", "messages", "text"}
@@ -201,42 +204,28 @@ def _filled(line: list[tuple[str, str | None]], values: dict[str, str]) -> str:
     return "".join(literal + (values[name] if name is not None else "") for literal, name in line)
 
 
-def normalize_messages(turns: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """
-    A conversation in TRL's form, from ShareGPT's (`from`, `value`) or OpenAI's (`role`, `content`).
-
-    Raises:
-        `ValueError`: If a turn has another role than those of a user, an assistant or the system.
-    """
-    messages = []
-    for turn in turns:
-        role = turn.get("role") or turn.get("from")
-        text = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if role not in ROLES:
-            raise ValueError(
-                f"`messages_column` holds a turn with the role {role!r}: remove such conversations, or name the role "
-                f"one of {', '.join(ROLES)}."
-            )
-        messages.append({"role": ROLES[role], "content": text or ""})
-    return messages
-
-
 def map_columns(
     dataset: Dataset | IterableDataset,
     prompt_template: str | None = None,
     completion_template: str | None = None,
     messages_column: str | None = None,
+    as_messages: bool = False,
     keep: Collection[str | None] = (),
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Give a data set the columns `prompt` and `completion`, or `messages`, in place of those they are made from.
 
+    A column `system` (or `system_prompt`) and a column `tools` go with a conversation, and with `as_messages` Alpaca's
+    `history` too: as turns, and as what the chat template is told of tools.
+
     Args:
         dataset (`Dataset` or `IterableDataset`): The data.
         prompt_template (`str`, *optional*): [`Template`] of the prompt.
         completion_template (`str`, *optional*): [`Template`] of the completion. The two go together.
-        messages_column (`str`, *optional*): Column of conversations, see [`normalize_messages`].
+        messages_column (`str`, *optional*): Column of conversations, see [`~conversations.normalize_messages`].
+        as_messages (`bool`): Make the prompt a user's turn and the completion an assistant's, for the chat template.
+            Without templates, the columns must be a set that is known (`shapes.PAIRS`).
         keep (`Collection[str]`): Columns to keep, even if a template uses them.
         num_proc (`int`, *optional*): Processes to map with.
 
@@ -244,38 +233,122 @@ def map_columns(
         The mapped data set with all other columns; `dataset` itself if nothing is to be mapped.
 
     Raises:
-        `ValueError`: If options contradict each other or name columns that are not there.
+        `ValueError`: If options contradict each other or name columns that are not there, or a column holds what
+            nothing carries into the prompt.
     """
-    if messages_column is None and prompt_template is None and completion_template is None:
+    templates = {"prompt_template": prompt_template, "completion_template": completion_template}
+    if messages_column is None and not any(templates.values()) and not as_messages:
         return dataset
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    beside = _Beside(columns)
     if messages_column is not None:
-        for option, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
-            if template is not None:
-                raise ValueError(
-                    f"`messages_column` is {messages_column!r} and `{option}` is {template!r}: give only one of the "
-                    "two, since a row becomes either messages or a prompt with its completion."
-                )
+        _refuse_two_mappings(messages_column, templates, as_messages)
         used = {messages_column: "messages_column"}
-        produced = {"messages"}
-        convert: Callable[[Row], Row] = _MessagesMapping(messages_column)
+        produced: dict[str, Any] = {"messages": List(Json())}
+        convert: Callable[[Row], Row] = _MessagesMapping(messages_column, beside)
     else:
-        templates = {"prompt_template": prompt_template, "completion_template": completion_template}
+        if as_messages and not any(templates.values()):
+            templates = _known_templates(columns)
         for option, template in templates.items():
             if template is None:
                 raise ValueError(f"`{option}` is not given: give it too, such as '{{question}}' or '{{answer}}'.")
         prompt, completion = (Template(str(template), option) for option, template in templates.items())
         used = dict.fromkeys([*prompt.columns, *completion.columns], "completion_template")
         used |= dict.fromkeys(prompt.columns, "prompt_template")
-        produced = {"prompt", "completion"}
-        convert = _TemplateMapping(prompt, completion)
+        kind = List(Json()) if as_messages else Value("string")
+        produced = {"prompt": kind, "completion": kind}
+        beside = _Beside([name for name in columns if name not in used])
+        convert = _TurnsMapping(prompt, completion, beside) if as_messages else _TemplateMapping(prompt, completion)
 
-    columns = dataset.column_names or list(next(iter(dataset), {}))
     for name, option in used.items():
         if name not in columns:
             raise ValueError(f"`{option}` names the column {name!r}: use those there are ({', '.join(columns)}).")
-    removed = [name for name in columns if (name in used or name in TRL_COLUMNS - produced) and name not in keep]
-    options: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
+    if messages_column is None and not as_messages:
+        _refuse_lost_columns(dataset, beside)
+    elif beside.tools is not None:
+        produced[TOOLS_COLUMN] = Value("string")
+    if messages_column is not None or as_messages:
+        used |= dict.fromkeys(beside.names(with_history=as_messages), "")
+    removed = [name for name in columns if (name in used or name in TRL_COLUMNS - {*produced}) and name not in keep]
+    options: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        left = {name: kind for name, kind in dataset.features.items() if name not in removed}
+        # Json: Arrow would give each turn, and the arguments of each tool call, the keys of all others.
+        options = {"num_proc": num_proc, "features": Features({**left, **produced})}
     return dataset.map(convert, remove_columns=removed, **options)
+
+
+def recognize(dataset: Dataset | IterableDataset, counted: tuple[str | None, ...], text_field: str) -> str | None:
+    """
+    The column of conversations of a data set that no option maps.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The data.
+        counted (`tuple[str]`): Columns that an option names.
+        text_field (`str`): Column of whole texts.
+
+    Returns:
+        `str` or `None`: A name for `messages_column`; `None` if TRL takes the columns as they are.
+
+    Raises:
+        `ValueError`: If the data set holds preferences, or columns that nothing is known to be done with.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        return None
+    refuse_preferences(first, counted)
+    column = None if "input_ids" in first or text_field in first else conversation_column(first)
+    if column is None:
+        refuse_unknown_columns(first, text_field)
+    return column
+
+
+class _Beside:
+    """The columns beside a conversation or an instruction that belong to it."""
+
+    def __init__(self, columns: Collection[str]):
+        self.system = next((name for name in SYSTEM_COLUMNS if name in columns), None)
+        self.tools = TOOLS_COLUMN if TOOLS_COLUMN in columns else None
+        self.history = HISTORY_COLUMN if HISTORY_COLUMN in columns else None
+
+    def names(self, with_history: bool = True) -> list[str]:
+        found = (self.system, self.tools, self.history if with_history else None)
+        return [name for name in found if name is not None]
+
+
+def _refuse_two_mappings(column: str, templates: dict[str, str | None], as_messages: bool) -> None:
+    for option, value in {**templates, "as_messages": as_messages or None}.items():
+        if value is not None:
+            raise ValueError(
+                f"`messages_column` is {column!r} and `{option}` is {value!r}: give only one of the two, since a row "
+                "becomes either messages or a prompt with its completion."
+            )
+
+
+def _known_templates(columns: list[str]) -> dict[str, str | None]:
+    pairs = known_pairs(columns)
+    if pairs is None:
+        known = ", ".join(f"{pairs.prompt} and {pairs.answer}" for pairs in PAIRS)
+        raise ValueError(
+            f"`as_messages` is true and the columns are {', '.join(columns)}: say by `prompt_template` and "
+            f"`completion_template` which of them make the user's turn and the answer, or rename them ({known})."
+        )
+    prompt, completion = pairs.templates(columns)
+    return {"prompt_template": prompt, "completion_template": completion}
+
+
+def _refuse_lost_columns(dataset: Dataset | IterableDataset, beside: _Beside) -> None:
+    """Raise a `ValueError` for a system text, tools or a history that a plain prompt would leave out."""
+    rows = dataset if isinstance(dataset, Dataset) else list(dataset.take(1))
+    for name in beside.names():
+        values = rows[name] if isinstance(rows, Dataset) else [row[name] for row in rows]
+        filled = sum(bool(value) for value in values)
+        if filled:
+            remedy = "" if name == HISTORY_COLUMN else f"name it in `prompt_template` ('{{{name}}}'), "
+            raise ValueError(
+                f"`train_dataset` has the column {name!r}, filled in {filled:,} of its rows, which no template names: "
+                f"set `as_messages` to true, which carries it through the chat template, {remedy}or remove the column."
+            )
 
 
 class _TemplateMapping:
@@ -288,9 +361,31 @@ class _TemplateMapping:
         return {"prompt": self.prompt.render(row), "completion": self.completion.render(row)}
 
 
-class _MessagesMapping:
-    def __init__(self, column: str):
-        self.column = column
+class _TurnsMapping(_TemplateMapping):
+    def __init__(self, prompt: Template, completion: Template, beside: _Beside):
+        super().__init__(prompt, completion)
+        self.beside = beside
 
     def __call__(self, row: Row) -> Row:
-        return {"messages": normalize_messages(row[self.column])}
+        beside = self.beside
+        turns = past_turns(row[beside.history]) if beside.history else []
+        turns.append({"role": "user", "content": self.prompt.render(row)})
+        answer = [{"role": "assistant", "content": self.completion.render(row)}]
+        return _carried({"prompt": turns, "completion": answer}, "prompt", row, beside)
+
+
+class _MessagesMapping:
+    def __init__(self, column: str, beside: _Beside):
+        self.column, self.beside = column, beside
+
+    def __call__(self, row: Row) -> Row:
+        return _carried({"messages": normalize_messages(row[self.column])}, "messages", row, self.beside)
+
+
+def _carried(mapped: Row, turns: str, row: Row, beside: _Beside) -> Row:
+    """A mapped row with the system text and the tools that belong to it."""
+    if beside.system:
+        mapped[turns] = with_system(mapped[turns], row[beside.system])
+    if beside.tools:
+        mapped[TOOLS_COLUMN] = tools_as_json(row[beside.tools])
+    return mapped

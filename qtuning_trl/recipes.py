@@ -41,8 +41,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
     The key `base` names one file or a list of files, relative to the recipe. They are merged in order, a later one
     replacing the keys of an earlier one, and the recipe itself comes last. Only `env` is merged key by key.
-    Relative `chat_template_path` and `data_files` that exist beside the recipe that names them, and not in the current
-    directory, are made to point there.
+    Relative `chat_template_path`, `fallback_chat_template` and `data_files` that exist beside the recipe that names
+    them, and not in the current directory, are made to point there.
 
     Raises:
         `ValueError`: If a file is missing, is no YAML mapping, or builds on itself; in one sentence.
@@ -107,8 +107,9 @@ def _resolve_paths(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         return value
 
     resolved = dict(recipe)
-    if "chat_template_path" in recipe:
-        resolved["chat_template_path"] = resolve(recipe["chat_template_path"])
+    for name in ("chat_template_path", "fallback_chat_template"):
+        if name in recipe:
+            resolved[name] = resolve(recipe[name])
     if isinstance(recipe.get("datasets"), list):
         resolved["datasets"] = [
             {**entry, "data_files": resolve(entry["data_files"])}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,8 +22,18 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from . import checks
+from .chat_templates import refuse_lost_parts
 from .config import QTuningSFTConfig
-from .host.checkpoints import checkpoint_to_resume, half_written_after, whole_checkpoint
+from .data_check import (
+    DataCheck,
+    count_answers,
+    drop_void_rows,
+    left_out,
+    refuse_short_stream,
+    unusual,
+    without_cuts,
+)
+from .host.checkpoints import checkpoint_to_resume, warn_of_half_written, whole_checkpoint
 from .host.head import lean_lm_head, weighted_losses
 from .host.loading import load_processing_class, load_second_model
 from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
@@ -112,14 +122,21 @@ class QTuningSFTTrainer(SFTTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = QTuningSFTConfig(f"{name.rstrip('/').split('/')[-1]}-QTuning-SFT")
         checks.refuse_unsupported_options(args, data_collator, compute_loss_func, model, kwargs.get("peft_config"))
-        first = checks.refuse_unusable_dataset(train_dataset, args)
-        if checks.needs_chat_template(first, args):
-            if processing_class is None:
-                processing_class = load_processing_class(model, args)
-            checks.refuse_missing_chat_template(processing_class)
-
+        formatted = kwargs.get("formatting_func") is not None
+        first = checks.refuse_unusable_dataset(train_dataset, args, formatted)
         if isinstance(train_dataset, Dataset) and not args.keeps_everything:
             train_dataset = number_rows(train_dataset)
+        self.data_check, self._whole_rows = DataCheck(), None
+        if first is not None and not formatted:
+            train_dataset, self.data_check = drop_void_rows(train_dataset, args)
+            first = next(iter(train_dataset))
+        if checks.needs_chat_template(first, args) or self.data_check.first:
+            if processing_class is None:
+                processing_class = load_processing_class(model, args)
+            if args.chat_template_path is None:
+                checks.refuse_missing_chat_template(processing_class)
+            refuse_lost_parts(processing_class, args, self.data_check.first)
+
         super().__init__(
             model,
             args,
@@ -130,14 +147,7 @@ class QTuningSFTTrainer(SFTTrainer):
             **kwargs,
         )
 
-        known = hasattr(train_dataset, "__len__") and not kwargs.get("formatting_func")
-        rows_before = len(train_dataset) if known else None
-        cut_off = checks.refuse_missing_answers(self.train_dataset, rows_before, args)
-        if cut_off:
-            logger.warning(
-                f"`max_length` is {args.max_length}: it cuts off the whole answer of {cut_off} of {rows_before} rows, "
-                "which TRL drops; raise it to train on them."
-            )
+        self._check_data()
         for column in (SAMPLE_ID, args.group_column, args.score_column):
             if column is not None and not args.keeps_everything:
                 keep_column(self, column)
@@ -148,6 +158,32 @@ class QTuningSFTTrainer(SFTTrainer):
         self._num_micro_batches = 0
         self._make_stations()
         self._add_listeners()
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's preparation, of the training set in two calls: what `max_length` cuts off is counted in between."""
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            whole = without_cuts(args)
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            self._whole_rows, formatting_func = dataset, None
+        elif dataset_name != "train" and formatting_func is None:
+            dataset, check = drop_void_rows(dataset, args, "eval_dataset")
+            for sentence in left_out(check, args, "eval_dataset"):
+                logger.warning(sentence)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _check_data(self) -> None:
+        """Count what became of the training set, refuse it if nothing is left, and warn of what is left out."""
+        args, check = self.args, self.data_check
+        if self._whole_rows is not None:
+            count_answers(check, self._whole_rows, args, special_token_ids(self._tokenizer, self.model))
+            self._whole_rows = None
+        checks.refuse_missing_answers(self.train_dataset, check, args)
+        if isinstance(self.train_dataset, IterableDataset):
+            refuse_short_stream(self.train_dataset, args)
+        for sentence in left_out(check, args):
+            logger.warning(sentence)
 
     def _make_stations(self) -> None:
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
@@ -193,29 +229,20 @@ class QTuningSFTTrainer(SFTTrainer):
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """
-        TRL's `train`. A resumed run goes on from a whole checkpoint: `True` is the newest in the output directory.
-
-        Raises:
-            `ValueError`: If there is no whole checkpoint to resume from, or its reused scores cannot be read.
-        """
+        """TRL's `train`, from a whole checkpoint: `True` is the newest. A `ValueError`, if there is none to resume."""
         folder = checkpoint_to_resume(str(self.args.output_dir), resume_from_checkpoint)
-        half_written = half_written_after(folder) if folder is not None else []
-        if half_written:
-            names = ", ".join(half_written)
-            logger.warning(f"{names}: half-written, since a save was interrupted; going on from {folder}.")
-        if self.scorer.cache is not None:
-            self.scorer.cache.scores.clear()
-            if folder is not None and not self.scorer.cache.load(folder):
-                logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
+        warn_of_half_written(folder)
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
+        for sentence in unusual(self.data_check, self.args, rows):
+            logger.warning(sentence)
+        if self.scorer.cache is not None and not self.scorer.cache.resume(folder):
+            logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
         return super().train(folder, *args, **kwargs)
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
-    ) -> tuple[int, int]:
+    def _init_training_state(self, max_steps: int, steps_of_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
         """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
-        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        return done if self.state.global_step < max_steps else (num_train_epochs, 0)
+        done = super()._init_training_state(max_steps, steps_of_epoch, epochs, *args)
+        return done if self.state.global_step < max_steps else (epochs, 0)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""

@@ -93,8 +93,8 @@ def test_bad_mappings_are_refused(options, message):
 
 
 def test_an_unknown_speaker_is_refused():
-    with pytest.raises(ValueError, match="the role 'tool'"):
-        normalize_messages([{"from": "tool", "value": "x"}])
+    with pytest.raises(ValueError, match="the role 'narrator'"):
+        normalize_messages([{"from": "narrator", "value": "x"}])
 
 
 @pytest.fixture

@@ -100,13 +100,10 @@ def test_budgets_are_exact_over_both_processes(runs):
         summary = facts[name]["summary"]
         assert (summary["candidates"], summary["kept"], summary["num_processes"]) == (pool, kept, 2), name
         assert sum(count for count, _ in facts[name]["counts"]) == kept, name
-    # One budget for the answer tokens of both; a token that is never pruned may lie on either.
-    tokens = facts["pool"]["summary"]["answer_tokens"]
-    assert tokens["kept"] == budget_size(0.25, tokens["candidates"])
-    shares = facts["pool_q2"]["summary"]["shares"]["answer_tokens"]
-    assert (
-        shares["asked"] == 0.25 <= shares["reached"] < facts["process"]["summary"]["shares"]["answer_tokens"]["reached"]
-    )
+    # One budget for the answer tokens of both processes.
+    for name in ("pool", "pool_q2"):
+        tokens = facts[name]["summary"]["answer_tokens"]
+        assert tokens["kept"] == budget_size(0.25, tokens["candidates"]), name
     packed = facts["packed"]["summary"]
     assert packed["kept"] == packed["candidates"] // 2
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from qtuning_trl.sample_record import RecordReader
 from test_trainer import make_trainer
+
+from qtuning_trl.records.samples import RecordReader
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
 from qtuning_trl.demo.lab import NOISE, corrupted, make_gsm8k, make_sums
 from qtuning_trl.demo.make_base_model import batches, make_tokenizer
+from qtuning_trl.recipes import load_recipe
 from qtuning_trl.scripts import compare, sft
 from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
 
@@ -93,16 +94,16 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
     monkeypatch.delitem(sys.modules, "variants", raising=False)
     comparison = load_comparison(path)
     for option in ("model_name_or_path", "dataset_name"):
-        Path(comparison.options[option]).mkdir(parents=True)
+        Path(comparison.options.get(option) or load_recipe(comparison.recipe)[option]).mkdir(parents=True)
     seen = set()
     for run in comparison.runs():
         if run.seed == comparison.seeds[0]:
             compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (20, 60, 100)
+            assert arguments.max_steps in (20, 32, 40, 60, 100)
     assert ("full data", "100x100") in seen
-    assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem == "compare_sums_4_pools"
+    assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in ("compare_sums_4_pools", "compare_sums_2_stop")
 
 
 def test_the_results_page_is_what_the_committed_results_make():
@@ -115,9 +116,9 @@ def test_the_results_page_is_what_the_committed_results_make():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "results" / "lab").glob("*.json")), ids=lambda p: p.stem)
 def test_committed_rows_follow_from_the_committed_runs(path):
     content = json.loads(path.read_text())
-    keys = ("pruner", "budget", "seed", "options")
+    keys = ("pruner", "budget", "seed", "options", "tokens")
     results = {
-        Run(*(run[key] for key in keys)): {name: value for name, value in run.items() if name not in keys}
+        Run(*(run.get(key) for key in keys)): {name: value for name, value in run.items() if name not in keys}
         for run in content["runs"]
     }
     assert rows_from_json(content) == summarize(results)

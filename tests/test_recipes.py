@@ -35,6 +35,12 @@ ROWS = {
     "mathinstruct": {"source": "s", "instruction": "add 1 and 2", "output": "the sum is 3"},
     "wizardlm": {"instruction": "add 1 and 2", "output": "the sum is 3"},
     "local_instruction": {"instruction": "add", "input": "", "output": "the sum is 3"},
+    "local_instruction_messages": {
+        "instruction": "add",
+        "input": "1 2",
+        "output": "the sum is 3",
+        "history": [["a", "b"]],
+    },
     "local_question_answer": {"question": "1 + 2", "answer": "the sum is 3"},
     "openhermes": {
         "conversations": [{"from": "human", "value": "add 1 and 2"}, {"from": "gpt", "value": "the sum is 3"}],

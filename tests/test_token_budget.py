@@ -16,7 +16,7 @@ SETTINGS = {
     "micro batches": {"selection_scope": "micro_batch"},
     "drop": {"token_pruning": "drop"},
     "padding-free": PADDING_FREE,
-    "packed": {"packing": True, "max_length": 48},
+    "packed": {"packing": True, "max_length": 48, "token_pruner": "hardest"},
     "unprotected": {"protect_special_tokens": False},
     "half of the pool is scored": {"scored_share": 0.5},
     "stops at the budget": {"bisection": "budget"},
@@ -70,7 +70,8 @@ def test_what_stays_whole_is_not_touched_where_it_is_more_than_the_budget(pruned
     (step,) = steps
     assert step["kept"] == step["fixed"] > step["asked"]
     shares = trainer.summary()["shares"]["answer_tokens"]
-    assert shares["asked"] == pytest.approx(0.05) < shares["reached"]
+    assert shares["asked"] == pytest.approx(0.05)
+    assert shares["asked"] < shares["reached"]
 
 
 def test_asked_and_reached_stand_side_by_side(pruned_trainer, tmp_path):  # noqa: F811

@@ -30,7 +30,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, pick_split
+from ..data import load_data, pick_split
 from ..recipes import Parsed, RecipeParser
 from ..records.run import asked_shares
 from ..step.sample import SAMPLE_ID, answer_lengths, number_rows
@@ -46,7 +46,14 @@ from ..studies.dataset_scoring import (
     select_rows,
 )
 from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, is_written, output_features, pruned_rows, write_rows
-from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files
+from .sft import (
+    QTuningScriptArguments,
+    find_model,
+    mapped,
+    model_init_kwargs,
+    refuse_missing_files,
+    settle_template,
+)
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -243,18 +250,10 @@ class DatasetScorer:
         with training_args.main_process_first(desc="data set mapping"):
             splits = load_data(script_args, dataset_args)
             self.original: Dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
-            mapped = map_columns(
-                self.original,
-                script_args.prompt_template,
-                script_args.completion_template,
-                script_args.messages_column,
-                num_proc=training_args.dataset_num_proc,
-            )
+            rows = mapped(self.original, script_args, training_args)
         # The rows' own ids would stand in the way of their numbers, by which the result finds the original columns.
-        own_ids = [SAMPLE_ID] if SAMPLE_ID in mapped.column_names else []
-        self.trainer = build_trainer(
-            number_rows(mapped.remove_columns(own_ids)), script_args, training_args, model_args
-        )
+        own_ids = [SAMPLE_ID] if SAMPLE_ID in rows.column_names else []
+        self.trainer = build_trainer(number_rows(rows.remove_columns(own_ids)), script_args, training_args, model_args)
         prepared: Any = self.trainer.train_dataset
         self.prepared: Dataset = prepared.select_columns(["input_ids", "labels", SAMPLE_ID])
         self.parts = -(-len(self.prepared) // script_args.rows_per_part)
@@ -410,6 +409,7 @@ def build_trainer(
 
     set_seed(training_args.seed)
     name = find_model(model_args, training_args)
+    settle_template(train_dataset, name, script_args, training_args)
     init_kwargs = model_init_kwargs(model_args, training_args)
     training_args.model_init_kwargs = init_kwargs
     processing_class = load_processing_class(name, training_args)

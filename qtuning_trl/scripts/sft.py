@@ -26,7 +26,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, missing_files, pick_split
+from ..data import load_data, map_columns, missing_files, pick_split, recognize
 from ..host.checkpoints import checkpoint_to_resume, explained_if_full
 from ..recipes import Parsed, RecipeParser
 
@@ -58,11 +58,39 @@ class QTuningScriptArguments(ScriptArguments):
             "e.g. `'conversations'`. They need a chat template."
         },
     )
+    as_messages: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a prompt and its completion become the turns of a user and an assistant, written down by "
+            "the chat template. Without templates, known columns are taken (`instruction`, `input`, `output`; "
+            "`question`, `answer`; ...); `system`, `history` and `tools` go with them."
+        },
+    )
+    fallback_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template for a model that has none: a Jinja file, or a model that has one. A model that has "
+            "its own keeps it, other than with `chat_template_path`."
+        },
+    )
+
+
+@dataclass
+class SFTScriptArguments(QTuningScriptArguments):
+    """Those of the data, and whether to train at all."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to stop before training, and print what would be trained on: rows, what is left out and "
+            "cut, three samples with what is labelled marked, candidates and steps, and what is unusual."
+        },
+    )
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
     """The parser of the four groups of options. A recipe changes its defaults, so make one for each parse."""
-    types = (QTuningScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
+    types = (SFTScriptArguments, QTuningSFTConfig, ModelConfig, DatasetMixtureConfig)
     return RecipeParser(types, prog=prog or "qtuning sft", description=__doc__.strip().split("\n")[0], epilog=EPILOG)
 
 
@@ -95,9 +123,14 @@ def refuse_missing_files(
     missing = missing_files(script_args, dataset_args)
     if missing is not None:
         raise ValueError(missing)
-    template = training_args.chat_template_path
-    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ValueError(f"`chat_template_path` is {template!r}: no such file; give a Jinja file or a model.")
+    undone = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
+    for option, holder in (("chat_template_path", training_args), *((name, script_args) for name in undone)):
+        if str(getattr(holder, option)).lower() in ("null", "none"):
+            setattr(holder, option, None)  # the command line's way to undo a recipe's
+    for option, holder in (("chat_template_path", training_args), ("fallback_chat_template", script_args)):
+        template = getattr(holder, option)
+        if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+            raise ValueError(f"`{option}` is {template!r}: no such file; give a Jinja file or a model.")
     training_args.resume_from_checkpoint = checkpoint_to_resume(
         str(training_args.output_dir), training_args.resume_from_checkpoint
     )
@@ -139,6 +172,7 @@ def build_trainer(
         eval_dataset = None
         if with_eval or training_args.eval_strategy != "no":
             eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
+    settle_template(train_dataset, model, script_args, training_args)
     return QTuningSFTTrainer(
         model=model,
         args=training_args,
@@ -187,18 +221,40 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
 def _mapped(
     splits: Any, name: str, kind: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
 ) -> Any:
-    return map_columns(
-        pick_split(splits, name, f"dataset_{kind}_split"),
-        script_args.prompt_template,
-        script_args.completion_template,
-        script_args.messages_column,
-        keep=(training_args.group_column, training_args.score_column),
-        num_proc=training_args.dataset_num_proc,
-    )
+    return mapped(pick_split(splits, name, f"dataset_{kind}_split"), script_args, training_args)
+
+
+def mapped(dataset: Any, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig) -> Any:
+    """A data set with its columns mapped; conversations that no option names are recognized, and answers labelled."""
+    counted = (training_args.group_column, training_args.score_column)
+    templates = (script_args.prompt_template, script_args.completion_template)
+    column = script_args.messages_column
+    if column is None and not any(templates) and not script_args.as_messages:
+        column = recognize(dataset, counted, training_args.dataset_text_field)
+        if column not in (None, "messages"):
+            training_args.assistant_only_loss = True
+    num_proc = training_args.dataset_num_proc
+    return map_columns(dataset, *templates, column, script_args.as_messages, keep=counted, num_proc=num_proc)
+
+
+def settle_template(
+    dataset: Any, model: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
+) -> None:
+    """Choose the chat template for mapped data: the model's own, if it has one."""
+    from ..chat_templates import settle_chat_template
+    from ..conversations import is_conversation
+    from ..host.loading import load_processing_class
+
+    first: dict[str, Any] = next(iter(dataset), {})
+    if is_conversation(first.get("messages")) or is_conversation(first.get("prompt")):
+        tokenizer = load_processing_class(model, training_args)
+        settle_chat_template(tokenizer, training_args, script_args.fallback_chat_template)
 
 
 def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None:
     """Train, save, write the model card, and say where everything is; around the demo's data goes its report."""
+    from ..data_check import one_line
+    from ..dry_run import prepared_rows
     from ..records.run import SUMMARY_NAME
 
     args = trainer.args
@@ -208,6 +264,7 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
         from ..demo.report import DemoReport
 
         report = DemoReport(trainer, demo.load_demo_dataset()["test"])
+    trainer.accelerator.print(one_line(trainer.data_check, args, prepared_rows(trainer)))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     with explained_if_full(Path(output_dir)):
         trainer.save_model(output_dir)
@@ -235,8 +292,19 @@ def main(
         [`QTuningSFTTrainer`]: The trainer, after training.
     """
     trainer = build_trainer(script_args, training_args, model_args, dataset_args)
-    train(trainer, script_args.dataset_name)
+    finish(trainer, script_args)
     return trainer
+
+
+def finish(trainer: "QTuningSFTTrainer", script_args: QTuningScriptArguments) -> None:
+    """Train, or with `dry_run` say what would be trained on."""
+    if getattr(script_args, "dry_run", False):
+        from ..dry_run import describe
+
+        trainer.accelerator.print(describe(trainer))
+        trainer.end()
+    else:
+        train(trainer, script_args.dataset_name)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -250,7 +318,7 @@ def run(argv: Sequence[str]) -> None:
             )
         trainer = build_trainer(*parsed.dataclasses)
     with exit_on_error(FAILED_RUN):
-        train(trainer, parsed.dataclasses[0].dataset_name)
+        finish(trainer, parsed.dataclasses[0])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,23 @@ def fill_by_log(pool: Pool) -> SampleSelection:
     return select_samples(pool.perplexity.log(), pool.entropy, pool.sample_ratio)
 
 
+@register_sample_pruner("fill_without_q1", needs=["scores"])
+def fill_without_q1(pool: Pool) -> SampleSelection:
+    """Q1 fills up only where nothing else is left."""
+    selection = q_tuning(pool)
+    corners = (selection.quadrant == 2) | (selection.quadrant == 4)
+    error, uncertainty = (
+        (axis - axis.min()) / (axis.max() - axis.min()).clamp(min=1e-12) for axis in (pool.perplexity, pool.entropy)
+    )
+    order = descending(
+        corners.double(), (selection.quadrant != 1).double(), (error - uncertainty).abs(), pool.perplexity, pool.entropy
+    )
+    keep = pool.keep_first(order)
+    filled = keep & ~corners
+    prune = keep & ((selection.quadrant == 2) | (filled & (error > uncertainty)))
+    return replace(selection, keep=keep, filled=filled, trimmed=corners & ~keep, prune_tokens=prune)
+
+
 @register_sample_pruner("fill_whole", needs=["scores"])
 def fill_whole(pool: Pool) -> SampleSelection:
     """Whatever fills up keeps all its tokens, as Q4 does."""

@@ -93,7 +93,7 @@ def assert_same_weights(first, second) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_scores_are_those_of_full_logits_and_tell_true_answers_from_others(model_dir, tmp_path, capsys):
+def test_scores_are_those_of_full_logits_and_tell_true_answers_from_others(model_dir, tmp_path):
     """One step at 12.5x50 of a pool of true, shuffled and swapped answers: what it scores, keeps, prunes and trains."""
     rng = random.Random(0)
     rows = problems()[:24]
@@ -134,8 +134,7 @@ def test_scores_are_those_of_full_logits_and_tell_true_answers_from_others(model
     # A real model can tell: the true answer is less perplexing than its own words shuffled, and than another's answer.
     perplexity = {kind: list(record.perplexity[record.group == kind]) for kind in ("true", "shuffled", "swapped")}
     found = {kind: auc(perplexity[kind], perplexity["true"]) for kind in ("shuffled", "swapped")}
-    with capsys.disabled():
-        print(f"\nAUC of perplexity against true answers: {found}")
+    print(f"AUC of perplexity against true answers: {found}")
     assert found["shuffled"] > 0.97
     assert found["swapped"] > 0.8
 
