@@ -249,12 +249,10 @@ class QTuningSFTTrainer(SFTTrainer):
                 logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
         return super().train(folder, *args, **kwargs)
 
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
-    ) -> tuple[int, int]:
+    def _init_training_state(self, max_steps: int, steps_of_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
         """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
-        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        return done if self.state.global_step < max_steps else (num_train_epochs, 0)
+        done = super()._init_training_state(max_steps, steps_of_epoch, epochs, *args)
+        return done if self.state.global_step < max_steps else (epochs, 0)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""
