@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ COMMANDS = {
     "sft": "fine-tune a model: qtuning sft --config recipe.yaml",
     "demo": "see it work: a tiny model, a minute or two on a CPU",
     "recipes": "list the recipes that come with it; copy one to edit",
+    "plan": "will it fit, how fast, what to set: qtuning plan --help",
     "score": "score a data set, without training: qtuning score --help",
     "compare": "compare pruners: qtuning compare --config compare.yaml",
     "eval": "evaluate a model and its adapter: qtuning eval --adapter RUN",
@@ -24,6 +26,8 @@ COMMANDS = {
     "completion": "complete options in a shell: qtuning completion bash",
 }
 LAUNCHED = ("sft", "score")  # through accelerate; the others run in this process
+# Patches libraries while it runs: in a process of its own, which leaves nothing behind.
+OWN_PROCESS = ("plan",)
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
@@ -59,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_script("sft", ["--config", "demo", *argv[1:]])
     if arguments.command in LAUNCHED:
         return run_script(arguments.command, argv[1:])
+    if arguments.command in OWN_PROCESS:
+        return subprocess.run(
+            [sys.executable, "-m", f"{__package__}.scripts.{arguments.command}", *argv[1:]]
+        ).returncode
     argv = take_traceback_flag(argv)
     with ended_in_one_line(), exit_on_error(BAD_INPUT):
         return import_module(f".scripts.{arguments.command}", __package__).main(argv[1:])
@@ -92,7 +100,6 @@ def launch(arguments: Sequence[str]) -> int:
         `ValueError`: If accelerate cannot take the arguments.
     """
     import logging
-    import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -11,6 +11,7 @@ from .values import parse_budget, refuse_bad_values
 TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
+SURVIVOR_CHECKPOINTING = ("true", "auto", "false")
 TOKEN_BUDGETS = ("answer", "pool")
 BISECTIONS = ("full", "budget")
 
@@ -156,9 +157,9 @@ class QTuningSFTConfig(SFTConfig):
     scoring_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, three times those of a "
-            "micro-batch of survivors (on a CPU 512 at most, unless a row is longer): scoring keeps no activations, so "
-            "it stays below the peak memory of training."
+            "help": "Tokens, padding included, in one batch of the scoring forward. If `None`, as many as need no more "
+            "memory than a micro-batch of survivors, which is counted on the model (on a CPU three times as many "
+            "tokens, 512 at most), and at least one row."
         },
     )
 
@@ -200,13 +201,21 @@ class QTuningSFTConfig(SFTConfig):
             "choices": list(MICRO_BATCHES),
         },
     )
-    survivor_checkpointing: bool = field(
-        default=True,
+    survivor_checkpointing: str = field(
+        default="true",
         metadata={
-            "help": "Whether `gradient_checkpointing` holds for the survivors. If false, they are trained without it, "
-            "in micro-batches whose activations take no more memory than a full micro-batch takes with it; one that is "
-            "too large for that, even with a single row, is checkpointed. The gradients are the same. In a model of 16 "
-            "to 32 layers it takes a `per_device_train_batch_size` of ten to fourteen before a row fits."
+            "help": "Whether `gradient_checkpointing` holds for the survivors: `'true'`; `'false'`; or `'auto'`, which "
+            "trains them without it, as many at a time as the memory that is free allows (on a GPU from the second "
+            "step on), and with it only where a row is too long. After an out-of-memory error the micro-batch is "
+            "trained again with it. The gradients are the same.",
+            "choices": list(SURVIVOR_CHECKPOINTING),
+        },
+    )
+    survivor_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens, padding included, of a micro-batch of survivors without checkpointing, in place of what "
+            "`survivor_checkpointing` 'auto' finds. `qtuning plan --fit` says how many fit a card."
         },
     )
 
@@ -255,12 +264,15 @@ class QTuningSFTConfig(SFTConfig):
             self.sample_ratio = 1.0
         if self.token_pruner == "none":
             self.token_ratio = 1.0
+        if isinstance(self.survivor_checkpointing, bool):
+            self.survivor_checkpointing = str(self.survivor_checkpointing).lower()
         for name, choices in (
             ("token_budget", TOKEN_BUDGETS),
             ("bisection", BISECTIONS),
             ("token_pruning", TOKEN_PRUNING),
             ("selection_scope", SELECTION_SCOPES),
             ("micro_batches", MICRO_BATCHES),
+            ("survivor_checkpointing", SURVIVOR_CHECKPOINTING),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -270,6 +282,11 @@ class QTuningSFTConfig(SFTConfig):
                 f"`pool_factor` is {self.pool_factor} and `sample_ratio` is {self.sample_ratio}: their product must "
                 f"not exceed 1, so that the survivors fit into one optimizer step; set `pool_factor` to "
                 f"{math.floor(1.0 / self.sample_ratio)} or less."
+            )
+        if self.survivor_batch_tokens is not None and self.survivor_checkpointing != "auto":
+            raise ValueError(
+                f"`survivor_batch_tokens` is {self.survivor_batch_tokens} and `survivor_checkpointing` is "
+                f"{self.survivor_checkpointing!r}: set `survivor_checkpointing` to 'auto', or leave it out."
             )
         self._check_pruners()
         self._check_cheaper_scoring()

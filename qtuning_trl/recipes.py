@@ -159,6 +159,8 @@ class RecipeParser(TrlParser):
         # `resume_from_checkpoint: true` is the last checkpoint, though its type names paths only.
         if value is None or type(value) in kinds or (name == "resume_from_checkpoint" and isinstance(value, bool)):
             chosen = value
+        elif isinstance(value, bool) and str(value).lower() in (action.choices or ()):
+            chosen = str(value).lower()
         elif value is False and "no" in (action.choices or ()):
             chosen = "no"  # YAML 1.1 reads a bare `no` as false
         elif isinstance(value, (list, dict, bool)):

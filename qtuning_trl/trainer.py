@@ -8,36 +8,32 @@ is in `step/`. The training step itself is TRL's own.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from accelerate.utils import send_to_device
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from . import checks
 from .chat_templates import refuse_lost_parts
+from .checked_trainer import CheckedSFTTrainer
 from .config import QTuningSFTConfig
 from .data_check import (
     DataCheck,
-    count_answers,
     drop_void_rows,
-    left_out,
-    refuse_short_stream,
-    unusual,
-    without_cuts,
 )
-from .host.checkpoints import checkpoint_to_resume, half_written_after, whole_checkpoint
 from .host.head import lean_lm_head, weighted_losses
 from .host.loading import load_processing_class, load_second_model
 from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
 from .host.modes import has_dropout
+from .host.recovery import step_or_again
 from .records.card import PAPER, add_facts
 from .records.run import (
     RunRecord,
@@ -51,7 +47,8 @@ from .records.run import (
 )
 from .records.samples import SampleRecorder
 from .report.live import PlaneLogger, show_progress
-from .step.micro_batches import Batcher, placeholder
+from .step.memory import MemoryBudget, Needs, count_needs
+from .step.micro_batches import Batcher, Row, placeholder
 from .step.sample import SAMPLE_ID, RawBatch, Sample, answer_lengths, number_rows, split_documents
 from .step.score_cache import FILE_NAME as SCORES_NAME
 from .step.score_cache import ScoreCache, ScoreKeeper
@@ -61,7 +58,7 @@ from .step.selection import Selector, special_token_ids
 logger = get_logger(__name__)
 
 
-class QTuningSFTTrainer(SFTTrainer):
+class QTuningSFTTrainer(CheckedSFTTrainer):
     """
     Trainer for Supervised Fine-Tuning with joint sample and token pruning (Q-Tuning, arXiv 2509.23873).
 
@@ -159,32 +156,6 @@ class QTuningSFTTrainer(SFTTrainer):
         self._make_stations()
         self._add_listeners()
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        """TRL's preparation, of the training set in two calls: what `max_length` cuts off is counted in between."""
-        if dataset_name == "train" and isinstance(dataset, Dataset):
-            whole = without_cuts(args)
-            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-            self._whole_rows, formatting_func = dataset, None
-        elif dataset_name != "train" and formatting_func is None:
-            dataset, check = drop_void_rows(dataset, args, "eval_dataset")
-            for sentence in left_out(check, args, "eval_dataset"):
-                logger.warning(sentence)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _check_data(self) -> None:
-        """Count what became of the training set, refuse it if nothing is left, and warn of what is left out."""
-        args, check = self.args, self.data_check
-        if self._whole_rows is not None:
-            count_answers(check, self._whole_rows, args, special_token_ids(self._tokenizer, self.model))
-            self._whole_rows = None
-        checks.refuse_missing_answers(self.train_dataset, check, args)
-        if isinstance(self.train_dataset, IterableDataset):
-            refuse_short_stream(self.train_dataset, args)
-        for sentence in left_out(check, args):
-            logger.warning(sentence)
-
     def _make_stations(self) -> None:
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
         args, model, tokenizer = self.args, self.model, self._tokenizer
@@ -207,9 +178,10 @@ class QTuningSFTTrainer(SFTTrainer):
         collator = scoring_collator(training_collator, scorers, args.device)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         protected = special_token_ids(tokenizer, model) if args.protect_special_tokens else set()
+        self.memory = MemoryBudget(args, sharded)
         self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)
         self.selector = Selector(args, self.accelerator, self.scorer, tokenizer, protected, reference, base)
-        self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, model.config)
+        self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, self.memory)
 
     def _add_listeners(self) -> None:
         """The callbacks, which are handed what they need: they decide nothing."""
@@ -228,38 +200,13 @@ class QTuningSFTTrainer(SFTTrainer):
         """Counts and seconds of the run. Looked up, since transformers may rebuild callbacks on resume."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """
-        TRL's `train`. A resumed run goes on from a whole checkpoint: `True` is the newest in the output directory.
+    def _go_on_from(self, checkpoint: str | None) -> None:
+        if self.scorer.cache is not None and not self.scorer.cache.resume(checkpoint):
+            logger.warning(f"{checkpoint} holds no {SCORES_NAME}: every sample is scored anew.")
 
-        Raises:
-            `ValueError`: If there is no whole checkpoint to resume from, or its reused scores cannot be read.
-        """
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        for sentence in unusual(self.data_check, self.args, rows):
-            logger.warning(sentence)
-        folder = checkpoint_to_resume(str(self.args.output_dir), resume_from_checkpoint)
-        half_written = half_written_after(folder) if folder is not None else []
-        if half_written:
-            names = ", ".join(half_written)
-            logger.warning(f"{names}: half-written, since a save was interrupted; going on from {folder}.")
-        if self.scorer.cache is not None:
-            self.scorer.cache.scores.clear()
-            if folder is not None and not self.scorer.cache.load(folder):
-                logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
-        return super().train(folder, *args, **kwargs)
-
-    def _init_training_state(self, max_steps: int, steps_of_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
-        """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
-        done = super()._init_training_state(max_steps, steps_of_epoch, epochs, *args)
-        return done if self.state.global_step < max_steps else (epochs, 0)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""
-        with whole_checkpoint(self, trial) as folder:
-            if self.scorer.cache is not None and self.args.should_save:
-                self.scorer.cache.save(folder)
-            super()._save_checkpoint(model, trial)
+    def _save_beside(self, folder: Path) -> None:
+        if self.scorer.cache is not None and self.args.should_save:
+            self.scorer.cache.save(folder)
 
     def get_train_dataloader(self) -> DataLoader:
         """The train loader, which yields uncollated examples: candidates are pruned before they are collated."""
@@ -299,13 +246,31 @@ class QTuningSFTTrainer(SFTTrainer):
             groups = [[sample for group in groups for sample in group]]
         row_lengths = [len(row["input_ids"]) for rows in drawn for row in rows]
         full_tokens = self._train_batch_size * max(row_lengths)
-        survivors, step = self._prune_pool(groups, self.scorer.batch_tokens(row_lengths, full_tokens, len(drawn)))
+        self.memory.begin_step(self._count_needs)
+        batch_tokens = self.scorer.batch_tokens(row_lengths, full_tokens, len(drawn), self.memory.needs)
+        survivors, step = self._prune_pool(groups, batch_tokens)
         with self.run_record.phase("collation"):
-            micro_batches = self.batcher.collate(survivors, len(drawn), full_tokens, self._train_batch_size)
+            micro_batches = self.batcher.collate(survivors, len(drawn), self._train_batch_size)
             num_items = count_items(self, micro_batches, device)
         self._num_micro_batches = len(micro_batches)
         self.run_record.begin_training(step)
         return [placeholder() for _ in range(len(drawn) - len(micro_batches))] + micro_batches, num_items
+
+    def _count_needs(self) -> Needs:
+        """What batches need of this model: counted before the first step, on two short rows."""
+
+        def collate(samples: list[Sample]) -> dict[str, Any]:
+            examples = [Row([sample], packed=self.args.packing).as_example() for sample in samples]
+            return send_to_device(self.data_collator(examples), self.args.device)
+
+        def score(samples: list[Sample]) -> None:
+            self.scorer.forward_all(self.scorer.scoring_model(self.model), samples, [0], 1)
+
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 512
+        autocast, device = self.accelerator.autocast, self.args.device
+        with lean_lm_head(device):
+            free = partial(without_checkpointing, self.model) if self.memory.follows_memory else None
+            return count_needs(self.model, device, collate, score, free, autocast, longest)
 
     def _prune_pool(self, groups: list[list[Sample]], batch_tokens: int) -> tuple[list[Sample], StepCounts]:
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""
@@ -339,18 +304,32 @@ class QTuningSFTTrainer(SFTTrainer):
         self.current_gradient_accumulation_steps = self._num_micro_batches
         if self.args.keeps_everything:
             return super().training_step(model, inputs, num_items_in_batch)
-        survivors = inputs.pop("survivors")
-        with ExitStack() as stack:
-            stack.enter_context(lean_lm_head(self.args.device))
-            if not inputs.pop("checkpointing"):
-                stack.enter_context(without_checkpointing(self.model))
-            if self._renews_scores:
-                stack.enter_context(self.scorer.renewed_scores(self.model, survivors, self.state))
-            if survivors and "weights" in self.selector.sample_pruner.needs:
-                weights = torch.tensor([sample.weight for sample in survivors])
-                tokens = weights.repeat_interleave(torch.tensor(answer_lengths(survivors)))
-                stack.enter_context(weighted_losses(self.model, tokens))
-            return super().training_step(model, inputs, num_items_in_batch)
+        survivors, checkpointing = inputs.pop("survivors"), inputs.pop("checkpointing")
+
+        def train(checkpointing: bool) -> Tensor:
+            with ExitStack() as stack:
+                stack.enter_context(lean_lm_head(self.args.device))
+                if not checkpointing:
+                    stack.enter_context(without_checkpointing(self.model))
+                if self._renews_scores:
+                    stack.enter_context(self.scorer.renewed_scores(self.model, survivors, self.state))
+                if survivors and "weights" in self.selector.sample_pruner.needs:
+                    weights = torch.tensor([sample.weight for sample in survivors])
+                    tokens = weights.repeat_interleave(torch.tensor(answer_lengths(survivors)))
+                    stack.enter_context(weighted_losses(self.model, tokens))
+                return super(QTuningSFTTrainer, self).training_step(model, dict(inputs), num_items_in_batch)
+
+        if checkpointing or self.accelerator.num_processes > 1:
+            return train(checkpointing)
+        too_large = partial(self._survivors_were_too_large, inputs["input_ids"].numel())
+        return step_or_again(self, partial(train, False), partial(train, True), too_large)
+
+    def _survivors_were_too_large(self, tokens: int) -> None:
+        self.memory.shrink(tokens)
+        logger.warning(
+            f"Out of memory with {tokens} tokens of survivors without gradient checkpointing: they are trained with "
+            f"it, and from now on micro-batches of more than {self.memory.free_tokens} tokens are, too."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the optimizer steps since the last log, under `qtuning/`."""

@@ -19,13 +19,14 @@ SHARES = {
 COUNTS = {
     "pool_factor": "",
     "scoring_batch_tokens": ", or leave it out",
+    "survivor_batch_tokens": ", or leave it out",
     "score_reuse_epochs": ", or leave it out",
     "score_reuse_steps": ", or leave it out",
     "per_device_train_batch_size": "",
     "per_device_eval_batch_size": "",
     "gradient_accumulation_steps": "",
 }
-SWITCHES = ("protect_special_tokens", "survivor_checkpointing", "record")
+SWITCHES = ("protect_special_tokens", "record")
 TEXTS = ("score_column", "group_column", "reference_model", "scoring_model")
 NUMBERS = (*SHARES, *COUNTS, "num_train_epochs", "max_steps")
 

@@ -66,6 +66,7 @@ def test_no_modules_import_each_other_in_a_circle():
         ("pruners", ("method",)),
         ("host", ("config",)),
         ("step", ("method", "pruners", "config", "host")),
+        ("plan", ("method", "config", "data", "demo", "host", "step")),
         ("records", ("method", "config", "step")),
         ("report", ("records",)),
     ],

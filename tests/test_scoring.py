@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from qtuning_trl import QTuningSFTConfig
 from qtuning_trl.host.head import lean_lm_head
 from qtuning_trl.host.loop import without_checkpointing
-from qtuning_trl.step.micro_batches import Row, pack_rows, padded_tokens, tokens_without_checkpointing
+from qtuning_trl.step.micro_batches import Row, pack_rows, padded_tokens
 from qtuning_trl.step.sample import Sample, split_documents
 from qtuning_trl.step.score_cache import FILE_NAME, Score, ScoreCache
 
@@ -120,29 +120,6 @@ def test_small_micro_batches_give_the_same_gradient(tmp_path, tokenizer, prompt_
     assert losses(small)[0] == pytest.approx(losses(full)[0], rel=1e-5)
 
 
-def test_survivors_without_checkpointing_give_the_same_gradient(tmp_path, tokenizer, prompt_completion):
-    runs, forwards = [], []
-    for checkpointing in (True, False):
-        trainer = make_trainer(
-            tmp_path, tokenizer, prompt_completion, dropout=0.0, budget="25x50", max_steps=1,
-            gradient_checkpointing=True, per_device_train_batch_size=8, gradient_accumulation_steps=4,
-            survivor_checkpointing=checkpointing,
-        )  # fmt: skip
-        seen, calls = Recorder().attach(trainer), []
-        layers = trainer.model.get_base_model().model.layers
-        layers[0].input_layernorm.register_forward_hook(lambda module, *_, calls=calls: calls.append(module.training))
-        trainer.train()
-        assert all(layer.gradient_checkpointing for layer in layers)
-        runs.append(seen)
-        forwards.append(sum(calls))
-    with_it, without = (seen.batches[0] for seen in runs)
-    assert [len(batch["labels"]) for batch in with_it] == [8]
-    assert [len(batch["labels"]) for batch in without] == [4, 4]  # what fits into the same memory
-    assert forwards == [2, 2]  # one micro-batch computed twice, two computed once
-    for name, expected in runs[0].gradients[0].items():
-        torch.testing.assert_close(runs[1].gradients[0][name], expected, rtol=1e-5, atol=2e-6, msg=name)
-
-
 def test_without_checkpointing_there_is_nothing_to_split_for(tmp_path, tokenizer, prompt_completion):
     counts = []
     for options in ({}, {"survivor_checkpointing": False}):
@@ -172,11 +149,7 @@ def test_micro_batches_follow_the_batch_size_that_was_found(tmp_path, tokenizer,
     assert trainer._train_batch_size == max(rows[1:]) == 3
 
 
-def test_activations_without_checkpointing_fit_into_those_with_it():
-    hidden, intermediate, layers, tokens = 576, 1536, 30, 8192
-    inside = 10 * hidden + 4 * intermediate
-    fitting = tokens_without_checkpointing(tokens, hidden, intermediate, layers)
-    assert fitting * layers * inside <= tokens * (layers * hidden + inside) < (fitting + 1) * layers * inside
+def test_padded_tokens_are_those_of_the_longest_row():
     rows = [Sample(np.zeros(n), np.zeros(n), sample_id=n) for n in (3, 5)]
     assert (padded_tokens(rows), padded_tokens([])) == (10, 0)
 

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..config import QTuningSFTConfig
+from .memory import MemoryBudget
 from .sample import IGNORE, Sample, answer_lengths
 
 RowT = TypeVar("RowT", bound=Sized)
@@ -62,16 +62,15 @@ class Batcher:
     accelerator: Accelerator
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]  # the trainer's, for training
     pad_token_id: int
-    config: PretrainedConfig  # of the model, whose sizes tell what activations it keeps
+    memory: MemoryBudget  # says how many tokens at a time go without checkpointing
 
-    def collate(self, survivors: list[Sample], slots: int, full_tokens: int, batch_size: int) -> list[dict[str, Any]]:
+    def collate(self, survivors: list[Sample], slots: int, batch_size: int) -> list[dict[str, Any]]:
         """
         The survivors in micro-batches, as few as they need or small ones; every process has as many, some dummies.
 
         Args:
             survivors (`list[Sample]`): Those of this process.
             slots (`int`): Micro-batches that the step has without pruning, the most there can be.
-            full_tokens (`int`): Tokens of one of those.
             batch_size (`int`): Rows of one of those.
 
         Returns:
@@ -89,41 +88,34 @@ class Batcher:
         if shared:
             rows = sorted(rows, key=len, reverse=True)
             rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        count = -(-len(rows) // batch_size)
-        if self.args.micro_batches == "small":
-            count = len(rows)
-        limit = full_tokens
-        keep_activations = self.args.gradient_checkpointing and not self.args.survivor_checkpointing
-        if keep_activations:
-            limit = self._tokens_without_checkpointing(full_tokens)
-            fitting = (
-                n for n in range(max(count, 1), slots + 1) if max(map(padded_tokens, split_evenly(rows, n))) <= limit
-            )
-            count = next(fitting, count)
-        if distributed:
-            count = max(gather_object([count]))
-        count = min(max(count, 1), slots)
+        parts = self._split(rows, slots, batch_size)
+        if distributed and self.args.survivor_checkpointing == "true":
+            parts = [(part, True) for part in split_evenly(rows, max(gather_object([len(parts)])))]
+        elif distributed:
+            parts += [([], True)] * (max(gather_object([len(parts)])) - len(parts))
         dummy = Row([dummy_sample(self.pad_token_id)], packed=self.args.packing)
         return [
             {
                 **self.collator([row.as_example() for row in part or [dummy]]),
                 "survivors": [sample for row in part for sample in row.samples],
-                "checkpointing": not keep_activations or padded_tokens(part) > limit,
+                "checkpointing": checkpointing,
             }
-            for part in split_evenly(rows, count)
+            for part, checkpointing in parts
         ]
+
+    def _split(self, rows: list[Row], slots: int, batch_size: int) -> list[tuple[list[Row], bool]]:
+        """The rows of this process in micro-batches, each with whether it is checkpointed."""
+        count = min(max(len(rows) if self.args.micro_batches == "small" else -(-len(rows) // batch_size), 1), slots)
+        if self.args.survivor_checkpointing == "true" or not self.args.gradient_checkpointing or not rows:
+            return [(part, True) for part in split_evenly(rows, count)]
+        most_rows = -(-len(rows) // count) if self.args.micro_batches == "small" else batch_size
+        parts = split_survivors(list(map(len, rows)), most_rows, slots, self.memory.free_tokens)
+        return [([rows[place] for place in part.places], part.checkpointing) for part in parts]
 
     def _rows(self, survivors: list[Sample]) -> list[Row]:
         if self.args.packing and self.args.max_length is not None:  # TRL packs with a `max_length` only
             return pack_rows(survivors, self.args.max_length)
         return [Row([sample]) for sample in survivors]
-
-    def _tokens_without_checkpointing(self, tokens: int) -> int:
-        config = self.config.get_text_config()
-        # GPT-2, BLOOM and others name no width of their MLP, which is the usual one.
-        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        experts = getattr(config, "num_experts_per_tok", None) or 1
-        return tokens_without_checkpointing(tokens, config.hidden_size, width * experts, config.num_hidden_layers)
 
 
 def pack_rows(documents: list[Sample], max_length: int) -> list[Row]:
@@ -148,17 +140,6 @@ def pack_rows(documents: list[Sample], max_length: int) -> list[Row]:
     return [Row(row, packed=True) for row in rows]
 
 
-def tokens_without_checkpointing(tokens: int, hidden_size: int, intermediate_size: int, num_layers: int) -> int:
-    """
-    Tokens of a micro-batch trained without checkpointing that keeps no more activations than `tokens` do with it.
-
-    A layer of a Llama keeps about `10 * hidden_size + 4 * intermediate_size` values a token for its backward pass. With
-    checkpointing all layers keep their input, and one of them at a time the rest.
-    """
-    inside = 10 * hidden_size + 4 * intermediate_size
-    return int(tokens * (num_layers * hidden_size + inside) / (num_layers * inside))
-
-
 def padded_tokens(rows: Sequence[Sized]) -> int:
     """Tokens of a micro-batch, padding included."""
     return len(rows) * max(map(len, rows), default=0)
@@ -173,3 +154,51 @@ def split_evenly(rows: Sequence[RowT], count: int) -> list[list[RowT]]:
     rows = sorted(rows, key=len, reverse=True)
     bounds = [round(index * len(rows) / count) for index in range(count + 1)]
     return [rows[start:end] for start, end in pairwise(bounds)]
+
+
+class Part(NamedTuple):
+    """Survivors of one micro-batch, by their places in the list of lengths, and whether they are checkpointed."""
+
+    places: list[int]
+    checkpointing: bool
+
+
+def split_survivors(lengths: Sequence[int], most_rows: int, slots: int, free_tokens: int) -> list[Part]:
+    """
+    As few survivors as possible with gradient checkpointing, the others without, as many at a time as memory allows.
+
+    Rows too long to go without it are checkpointed, in full micro-batches, and so are more of the longest where there
+    would be more micro-batches than the step has slots.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each survivor, `most_rows * slots` of them at most.
+        most_rows (`int`): Rows of a micro-batch.
+        slots (`int`): Micro-batches that the step has, the most there can be.
+        free_tokens (`int`): Tokens, padding included, of a micro-batch without checkpointing.
+
+    Returns:
+        `list[Part]`: The micro-batches, longest rows first.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    too_long = sum(length > free_tokens for length in lengths)
+    first = -(-too_long // most_rows) * most_rows
+    for checkpointed in [too_long, *range(first, len(order) + most_rows, most_rows)]:
+        parts = [
+            Part(order[start : min(start + most_rows, checkpointed)], True)
+            for start in range(0, min(checkpointed, len(order)), most_rows)
+        ]
+        parts += [Part(places, False) for places in _filled(order[checkpointed:], lengths, most_rows, free_tokens)]
+        if len(parts) <= slots:
+            return parts
+    raise ValueError(f"{len(lengths)} survivors do not fit into {slots} micro-batches of {most_rows} rows.")
+
+
+def _filled(order: list[int], lengths: Sequence[int], most_rows: int, tokens: int) -> list[list[int]]:
+    """Places in order, a micro-batch filled until it has `most_rows` rows or another would exceed `tokens`."""
+    batches: list[list[int]] = []
+    for place in order:
+        full = not batches or len(batches[-1]) == most_rows
+        if full or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches

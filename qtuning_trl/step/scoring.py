@@ -20,13 +20,14 @@ from ..config import QTuningSFTConfig
 from ..host.attention import attends_only, can_attend_by_document
 from ..host.head import per_token_values
 from ..host.modes import lean_scoring
+from .memory import Needs
 from .micro_batches import Row, dummy_sample
 from .sample import Sample, answer_lengths, answer_mask
 from .score_cache import Score, ScoreCache
 
-# Tokens scored at once, for each that is trained on at once: scoring keeps no activations (docs/benchmarks.md).
-SCORING_TO_TRAINING = 3
-# More than this many only take a CPU longer: they no longer fit into its caches (docs/experiments.md).
+# On a CPU, tokens scored at once for each that is trained on at once (docs/benchmarks.md), and the most of them: more
+# only take longer, since they no longer fit into its caches (docs/experiments.md).
+ON_CPU = 3
 MOST_ON_CPU = 512
 
 
@@ -105,16 +106,26 @@ class Scorer:
     proxy: PreTrainedModel | None = None  # `scoring_model`, which scores for the trained one
     cache: ScoreCache | None = None  # scores to use again
 
-    def batch_tokens(self, row_lengths: list[int], full_tokens: int, slots: int) -> int:
-        """Tokens to score at once: as many as stay below the peak memory of the micro-batches that will be trained."""
+    def batch_tokens(self, row_lengths: list[int], full_tokens: int, slots: int, needs: Needs | None = None) -> int:
+        """
+        Tokens to score at once: as many as stay below the peak memory of the micro-batches that will be trained.
+
+        Args:
+            row_lengths (`list[int]`): Tokens of each row of the pool.
+            full_tokens (`int`): Tokens of a full micro-batch, padding included.
+            slots (`int`): Micro-batches that the step has without pruning.
+            needs ([`Needs`], *optional*): What batches need. It is not counted where memory is no bound, on a CPU.
+        """
         if self.args.scoring_batch_tokens is not None:
             return self.args.scoring_batch_tokens
         survivors = self.args.sample_ratio * sum(row_lengths)
         if self.args.micro_batches == "small":
             survivors /= slots
-        tokens = int(SCORING_TO_TRAINING * min(full_tokens, survivors))
+        trained = min(full_tokens, survivors)
         if self.args.device.type == "cpu":
-            tokens = min(tokens, MOST_ON_CPU)
+            tokens = min(int(ON_CPU * trained), MOST_ON_CPU)
+        else:
+            tokens = int(trained) if needs is None else needs.scoring_tokens(trained)
         return max(tokens, max(row_lengths))
 
     def score(

@@ -7,6 +7,10 @@ ratios within a round. `ARMS` says what each arm is.
     python tests/benchmarks/step_time.py --json step_time.json
     python tests/benchmarks/step_time.py --accumulation 64 --length 64   # a pool of 512
     python tests/benchmarks/step_time.py --arms full lean "12.5x50" --model smollm2-135m --no-gradient_checkpointing
+    python tests/benchmarks/step_time.py --arms lean "12.5x50" "12.5x50 auto" --weights MODEL --data gsm8k.jsonl
+
+`predicted` is what `qtuning plan` says of the ratio to `lean`. `--cpu_seconds` counts the seconds of the processor, on
+a machine that others use too.
 
 On a GPU models are in bfloat16, and `of rate` is the share of the card's matrix rate that scoring reaches:
 
@@ -32,10 +36,14 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from predicted import Predictor
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -80,12 +88,14 @@ ARMS = {
     "12.5x50": "Q-Tuning",
     "25x50": "Q-Tuning",
     "50x70": "Q-Tuning",
+    "50x50": "Q-Tuning",
     "12.5x50 mask": "Q-Tuning, pruned tokens masked instead of dropped",
     "12.5x50 small": "Q-Tuning, micro_batches: small (low peak memory)",
     "12.5x50 small rowwise": "the same, scored row by row: whether scoring sets the peak",
-    "12.5x50 free": "Q-Tuning, survivor_checkpointing: false",
-    "25x50 free": "Q-Tuning, survivor_checkpointing: false",
-    "50x70 free": "Q-Tuning, survivor_checkpointing: false",
+    **{
+        f"{budget} free": "Q-Tuning, survivor_checkpointing: false" for budget in ("12.5x50", "25x50", "50x70", "50x50")
+    },
+    **{f"{budget} auto": "Q-Tuning, survivor_checkpointing: auto" for budget in ("12.5x50", "25x50", "50x70", "50x50")},
     "12.5x50 amortised": "Q-Tuning, score_reuse_epochs: 3, mean over three epochs",
     "12.5x50 half": "Q-Tuning, scored_share: 0.5",
 }
@@ -93,7 +103,8 @@ OPTIONS = {
     "mask": {"token_pruning": "mask"},
     "small": {"micro_batches": "small"},
     "small rowwise": {"micro_batches": "small", "scoring_batch_tokens": 1},
-    "free": {"survivor_checkpointing": False},
+    "free": {"survivor_checkpointing": "false"},
+    "auto": {"survivor_checkpointing": "auto"},
     "amortised": {"score_reuse_epochs": 3},
     "half": {"scored_share": 0.5},
 }
@@ -156,6 +167,20 @@ def make_dataset(rows: int, length: int) -> Dataset:
         ids = torch.randint(3, VOCABULARY, (size,), generator=generator).tolist()
         examples.append({"input_ids": ids, "labels": [-100] * (size // 2) + ids[size // 2 :]})
     return Dataset.from_list(examples)
+
+
+def load_rows(path: Path, tokenizer: Any, rows: int, length: int) -> Dataset:
+    """The first rows of questions and answers with at most `length` tokens, tokenized."""
+    examples = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(f" {row['answer']}")["input_ids"], tokenizer.eos_token_id]
+        if len(prompt) + len(answer) <= length:
+            examples.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+        if len(examples) == rows:
+            return Dataset.from_list(examples)
+    raise ValueError(f"`--data` is '{path}': it has {len(examples)} rows of at most {length} tokens, not {rows}.")
 
 
 def make_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -271,10 +296,14 @@ def run_arm(arm: str, options: argparse.Namespace, dataset: Dataset, output: str
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     trainer = trainer_class(
-        f"{output}/base" if options.nf4 else make_model(options.model, device, dtype),
+        f"{output}/base"
+        if options.nf4
+        else AutoModelForCausalLM.from_pretrained(options.weights, dtype=dtype, device_map=device)
+        if options.weights
+        else make_model(options.model, device, dtype),
         args,
         train_dataset=dataset,
-        processing_class=make_tokenizer(),
+        processing_class=AutoTokenizer.from_pretrained(options.weights) if options.weights else make_tokenizer(),
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
         callbacks=[clock],
         **quantization,
@@ -320,6 +349,9 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help="a 4-bit base (QLoRA)")
     parser.add_argument("--cap_gib", type=float, help="let the GPU have only so much memory; what does not fit says so")
     parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
+    parser.add_argument("--weights", help="folder of a real model, in place of random weights of the shape of --model")
+    parser.add_argument("--data", type=Path, help="JSON lines of questions and answers, with --weights")
+    parser.add_argument("--cpu_seconds", action="store_true", help="measure the processor's seconds, not the clock's")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     disable_progress_bars()
@@ -330,7 +362,13 @@ def main() -> None:
             parser.error("--cap_gib needs a GPU")
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(options.cap_gib / total)
-    dataset = make_dataset(options.batch * options.accumulation * (options.steps + 1), options.length)
+    if options.cpu_seconds:
+        time.perf_counter = time.process_time  # the record's phases are measured by it, too
+    size = options.batch * options.accumulation * (options.steps + 1)
+    if options.data is None:
+        dataset = make_dataset(size, options.length)
+    else:
+        dataset = load_rows(options.data, AutoTokenizer.from_pretrained(options.weights), size, options.length)
     rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
     too_large = []
     with tempfile.TemporaryDirectory() as output:
@@ -352,6 +390,18 @@ def main() -> None:
     tokens = min(sum(map(len, dataset["input_ids"])), 8192 if on_gpu else 512)
     rate = matrix_rate(options.model, "cuda" if on_gpu else "cpu", computes_in, tokens)
     flops = scoring_flops(options.model, dataset) / (options.steps + 1)
+    predict = None
+    if "lean" in rounds and not options.nf4:
+        config = AutoConfig.from_pretrained(options.weights) if options.weights else make_model(options.model).config
+        args = QTuningSFTConfig(
+            "predicted",
+            use_cpu=True,
+            bf16=on_gpu,
+            per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulation,
+            gradient_checkpointing=options.gradient_checkpointing,
+        )
+        predict = Predictor(config, dataset, args, scoring_tokens=options.batch * options.length)
     rows = []
     for arm, taken in rounds.items():
         if arm in too_large:
@@ -367,6 +417,10 @@ def main() -> None:
         row["arithmetic_share"] = statistics.median(
             (one["selection"] + one["collation"]) / one["step"] for one in taken
         )
+        if predict and arm.partition(" ")[2] in ("", "free", "auto") and "x" in arm:
+            sample_ratio, token_ratio = (float(part) / 100 for part in arm.partition(" ")[0].split("x"))
+            drop = options.token_pruning == "drop"
+            row["predicted_against_lean"] = predict.against_lean(sample_ratio, token_ratio, " " in arm, drop)
         if row["scoring"] > 0 and arm.partition(" ")[2] not in ("amortised", "half"):
             row["share_of_matrix_rate"] = flops / row["scoring"] / rate
         rows.append({"arm": arm, **row})
@@ -380,6 +434,7 @@ def main() -> None:
         "s/step",
         "x full",
         "x lean",
+        "predicted",
         "scoring",
         "selection",
         "collation",
@@ -395,6 +450,7 @@ def main() -> None:
             table.add_row(row["arm"], "out of memory")
             continue
         ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("against_full", "against_lean")]
+        ratios.append(f"{row['predicted_against_lean']:.2f}" if "predicted_against_lean" in row else "-")
         phases = [f"{row[name]:.4f}" if row["training"] else "-" for name in PHASES]
         table.add_row(
             row["arm"], f"{row['step']:.3f}", *ratios, *phases,
