@@ -12,8 +12,18 @@ from pathlib import Path
 
 from .interrupts import INTERRUPTED, ended_in_one_line, signals_passed_on
 
-# Commands that run in this process; the others are launched through accelerate.
-MODULES = {"compare": ".scripts.compare", "eval": ".scripts.eval", "report": ".scripts.report"}
+COMMANDS = {
+    "sft": "fine-tune a model: qtuning sft --config recipe.yaml",
+    "demo": "see it work: a tiny model, a minute or two on a CPU",
+    "recipes": "list the recipes that come with it; copy one to edit",
+    "score": "score a data set, without training: qtuning score --help",
+    "compare": "compare pruners: qtuning compare --config compare.yaml",
+    "eval": "evaluate a model and its adapter: qtuning eval --adapter RUN",
+    "report": "show what runs kept: qtuning report RUN [RUN ...]",
+    "merge": "merge a run's adapter into its model: qtuning merge RUN",
+    "completion": "complete options in a shell: qtuning completion bash",
+}
+LAUNCHED = ("sft", "score")  # through accelerate; the others run in this process
 TRACEBACK_VARIABLE = "QTUNING_TRACEBACK"
 BAD_INPUT = 2
 FAILED_RUN = 1
@@ -37,28 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"qtuning-trl {version('qtuning-trl')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
-    subparsers.add_parser("sft", add_help=False, help="fine-tune a model: qtuning sft --config recipe.yaml")
-    subparsers.add_parser("score", add_help=False, help="score a data set, without training: qtuning score --help")
-    subparsers.add_parser("compare", add_help=False, help="compare pruners: qtuning compare --config compare.yaml")
-    subparsers.add_parser("eval", add_help=False, help="evaluate a model and its adapter: qtuning eval --adapter RUN")
-    subparsers.add_parser("report", add_help=False, help="show what runs kept: qtuning report RUN [RUN ...]")
+    for name, help_line in COMMANDS.items():
+        subparsers.add_parser(name, add_help=False, help=help_line)
     argv = list(sys.argv[1:] if argv is None else argv)
     # The command's own options are its own parser's business; building that one takes seconds.
     arguments = parser.parse_args(argv[:1])
     if arguments.command is None:
         parser.print_help()
         return 0
-    if arguments.command in MODULES:
-        argv = take_traceback_flag(argv)
-        with ended_in_one_line(), exit_on_error(BAD_INPUT):
-            return import_module(MODULES[arguments.command], __package__).main(argv[1:])
-    return run_script(arguments.command, argv[1:])
+    if arguments.command == "demo":
+        return run_script("sft", ["--config", "demo", *argv[1:]])
+    if arguments.command in LAUNCHED:
+        return run_script(arguments.command, argv[1:])
+    argv = take_traceback_flag(argv)
+    with ended_in_one_line(), exit_on_error(BAD_INPUT):
+        return import_module(f".scripts.{arguments.command}", __package__).main(argv[1:])
 
 
 def run_script(name: str, argv: Sequence[str]) -> int:
     """`qtuning sft` or `score`: check everything that can be checked before, then run it under `accelerate launch`."""
     argv = take_traceback_flag(argv)
     with ended_in_one_line(), exit_on_error(BAD_INPUT):
+        from .early import check_early
+
+        check_early(argv, name)
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         script = import_module(f"{__package__}.scripts.{name}")
@@ -89,6 +101,7 @@ def launch(arguments: Sequence[str]) -> int:
     launch_parser = launch_command_parser()
     launch_parser.error = _refuse_launch_arguments
     launch_args = launch_parser.parse_args(list(arguments))
+    _say_one_process(launch_args)
     if not wants_traceback():
         logging.disable(logging.ERROR)  # torchrun logs a page about each process that ends
     try:
@@ -109,6 +122,21 @@ def launch(arguments: Sequence[str]) -> int:
 
 def _refuse_launch_arguments(message: str) -> None:
     raise ValueError(f"accelerate launch: {message}; `accelerate launch --help` explains its options.")
+
+
+def _say_one_process(arguments: argparse.Namespace) -> None:
+    """accelerate starts one process on a CPU, however many are asked for, unless it is told to launch several."""
+    import torch
+
+    several = arguments.multi_gpu or arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
+    on_cpu = arguments.cpu or not torch.accelerator.is_available()
+    if (arguments.num_processes or 1) > 1 and on_cpu and not (several and not arguments.cpu) and not arguments.tpu:
+        print(
+            f"qtuning: `num_processes` is {arguments.num_processes}, and accelerate starts one process on a CPU; for "
+            f"{arguments.num_processes}: ACCELERATE_USE_CPU=true qtuning ... --multi_gpu --num_processes "
+            f"{arguments.num_processes}",
+            file=sys.stderr,
+        )
 
 
 def _exit_status(returncode: int) -> int:

@@ -1,14 +1,13 @@
 """`QTuningSFTConfig`: TRL's `SFTConfig` plus the options of Q-Tuning."""
 
 import math
-import re
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
 from . import pruners
+from .values import parse_budget, refuse_bad_values
 
-BUDGET = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*x\s*(\d+(?:\.\d+)?)\s*$")
 TOKEN_PRUNING = ("mask", "drop")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
@@ -236,24 +235,26 @@ class QTuningSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        refuse_bad_values(vars(self))  # before the host looks at the device: what is wrong here is wrong everywhere
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "bf16" in str(error) and "use_cpu" in str(error):
+                raise ValueError(
+                    "`bf16` is true, as TRL has it unless told otherwise, and there is no GPU that can: add "
+                    "`--bf16 false`, or to train on the CPU `--use_cpu`."
+                ) from None
+            raise
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "`fp16` is true and the run is on a CPU, which cannot: leave it out, or set `bf16` instead."
+            )
         if self.budget is not None:
             self._apply_budget(self.budget)
         if self.sample_pruner == "none":
             self.sample_ratio = 1.0
         if self.token_pruner == "none":
             self.token_ratio = 1.0
-        for name in ("sample_ratio", "token_ratio"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)):
-                raise ValueError(f"`{name}` is {value!r}: give one number greater than 0 and at most 1, such as 0.25.")
-            if not 0.0 < value <= 1.0:
-                remedy = f" (did you mean {value / 100:g}?)" if 1.0 < value <= 100.0 else ""
-                raise ValueError(
-                    f"`{name}` is {value}: give a share greater than 0 and at most 1, such as 0.25{remedy}."
-                )
-        if not 0.0 <= self.neighbor_weight <= 1.0:
-            raise ValueError(f"`neighbor_weight` is {self.neighbor_weight}: give a weight from 0 to 1, such as 0.5.")
         for name, choices in (
             ("token_budget", TOKEN_BUDGETS),
             ("bisection", BISECTIONS),
@@ -264,22 +265,12 @@ class QTuningSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
-        if self.pool_factor < 1:
-            raise ValueError(f"`pool_factor` is {self.pool_factor}: give a whole number of at least 1.")
         if self.pool_factor * self.sample_ratio > 1.0:
             raise ValueError(
                 f"`pool_factor` is {self.pool_factor} and `sample_ratio` is {self.sample_ratio}: their product must "
                 f"not exceed 1, so that the survivors fit into one optimizer step; set `pool_factor` to "
                 f"{math.floor(1.0 / self.sample_ratio)} or less."
             )
-        if self.scoring_batch_tokens is not None and self.scoring_batch_tokens < 1:
-            raise ValueError(
-                f"`scoring_batch_tokens` is {self.scoring_batch_tokens}: give a number of tokens of at least 1, or "
-                "leave it out."
-            )
-
-        if not 0.0 <= self.record_tokens <= 1.0:
-            raise ValueError(f"`record_tokens` is {self.record_tokens}: give a share from 0 to 1, such as 0.1.")
         self._check_pruners()
         self._check_cheaper_scoring()
 
@@ -315,11 +306,6 @@ class QTuningSFTConfig(SFTConfig):
                 f"`sample_pruner` is {self.sample_pruner!r} and `packing` is on: set `packing` to false, or use "
                 "`padding_free`, since a packed row keeps nothing but the tokens of its samples."
             )
-        if not 0.0 <= self.infobatch_annealing < 1.0:
-            raise ValueError(
-                f"`infobatch_annealing` is {self.infobatch_annealing}: give a share of the run from 0 to below 1, such "
-                "as the paper's 0.125."
-            )
         if self.pool_factor > 1 and self.sample_pruner == "infobatch" and self.infobatch_annealing > 0:
             raise ValueError(
                 f"`infobatch_annealing` is {self.infobatch_annealing} and `pool_factor` is {self.pool_factor}: set one "
@@ -338,20 +324,13 @@ class QTuningSFTConfig(SFTConfig):
                 f"`score_reuse_epochs` is {self.score_reuse_epochs} and `score_reuse_steps` is "
                 f"{self.score_reuse_steps}: give only one of the two."
             )
-        for name in ("score_reuse_epochs", "score_reuse_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}: give a whole number of at least 1, or leave it out.")
 
     def _apply_budget(self, budget: str) -> None:
-        match = BUDGET.match(str(budget))
-        if match is None:
-            raise ValueError(f"`budget` is {budget!r}: give samples x tokens in per cent, such as '12.5x50'.")
         fields = type(self).__dataclass_fields__
-        for name, percent in zip(("sample_ratio", "token_ratio"), match.groups(), strict=True):
+        for name, ratio in zip(("sample_ratio", "token_ratio"), parse_budget(budget), strict=True):
             if getattr(self, name.replace("ratio", "pruner")) == "none":
                 continue
-            ratio, given = float(percent) / 100, getattr(self, name)
+            given = getattr(self, name)
             if given not in (ratio, fields[name].default):
                 raise ValueError(
                     f"`budget` is {budget!r} and `{name}` is {given}: they disagree, so give only one of the two."

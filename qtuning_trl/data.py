@@ -1,6 +1,6 @@
 """Data sets: loading those a recipe names, and mapping their columns onto those TRL takes."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -18,17 +18,10 @@ from .conversations import (
     tools_as_json,
     with_system,
 )
+from .files import FORMATS, file_names, what_is_wrong
 from .shapes import PAIRS, conversation_column, known_pairs, refuse_preferences, refuse_unknown_columns
 
 Row = dict[str, Any]
-FORMATS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
 # What TRL looks at to tell one type of data set from another: left beside the mapped columns, they would mislead it.
 TRL_COLUMNS = {"prompt", "completion", "messages", "text"}
 
@@ -55,7 +48,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
         )
     if dataset_args.datasets:
         given = f"`datasets` is {', '.join(repr(_described(entry)) for entry in dataset_args.datasets)}"
-        return _loaded(given, lambda: get_dataset(dataset_args))
+        files = [file for entry in dataset_args.datasets for file in file_names(entry.data_files)]
+        return _loaded(given, lambda: get_dataset(dataset_args), files)
     name = script_args.dataset_name
     if name is None:
         raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
@@ -64,7 +58,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     if name == demo.DATASET:
         splits: Any = demo.load_demo_dataset()
     elif path is not None:
-        splits = _loaded(given, lambda: load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=streaming))
+        form = FORMATS[path.suffix]
+        splits = _loaded(given, lambda: load_dataset(form, data_files=str(path), streaming=streaming), [name])
     else:
         splits = _loaded(given, lambda: load_dataset(name, name=script_args.dataset_config, streaming=streaming))
     if dataset_args.test_split_size is not None:
@@ -80,10 +75,13 @@ def _described(entry: Any) -> str:
     return f"{entry.path} {entry.data_files}" if entry.data_files else entry.path
 
 
-def _loaded(given: str, load: Callable[[], Any]) -> Any:
+def _loaded(given: str, load: Callable[[], Any], files: Collection[str] = ()) -> Any:
     try:
         return load()
     except Exception as error:  # the builders of `datasets` raise whatever their formats raise
+        cause = what_is_wrong(files)
+        if cause is not None:
+            raise ValueError(f"{given}, which cannot be read: {cause}.") from error
         cause = " ".join(str(error).split())
         raise ValueError(
             f"{given}, which cannot be used ({cause.rstrip('.')}): check it, or give a local file."
@@ -117,37 +115,6 @@ def _local_files_as_formats(dataset_args: DatasetMixtureConfig) -> DatasetMixtur
         if path is not None:
             entry.path, entry.data_files = FORMATS[path.suffix], str(path)
     return dataset_args
-
-
-def missing_files(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> str | None:
-    """One sentence about the first local data file that is named and does not exist; `None` if all of them do."""
-    if not dataset_args.datasets:
-        name = script_args.dataset_name
-        if name is not None and _looks_local(name) and not Path(name).expanduser().exists():
-            return f"`dataset_name` is {name!r}: no such file or folder; give one that exists."
-        return None
-    for entry in dataset_args.datasets:
-        if _looks_local(entry.path) and not Path(entry.path).expanduser().exists():
-            return f"`datasets` has the `path` {entry.path!r}: no such file or folder; give one that exists."
-        if entry.path in FORMATS.values() and not entry.data_files and not entry.data_dir:
-            return f"`datasets` has the `path` {entry.path!r} alone: name the local files in its `data_files`."
-        for file in _file_names(entry.data_files):
-            is_plain = "://" not in file and not set("*?[") & set(file)
-            if is_plain and not Path(entry.data_dir or "", file).exists():
-                return f"`datasets` has the `data_files` {file!r}: no such file; give one that exists."
-    return None
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith(("./", "../", "/", "~")) or Path(name).suffix in FORMATS
-
-
-def _file_names(data_files: Any) -> Iterator[str]:
-    if isinstance(data_files, str):
-        yield data_files
-    elif data_files is not None:
-        for item in data_files.values() if isinstance(data_files, dict) else data_files:
-            yield from _file_names(item)
 
 
 # Mapping columns

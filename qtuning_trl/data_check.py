@@ -4,7 +4,6 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -172,46 +171,58 @@ def count_answers(check: DataCheck, dataset: Dataset, args: QTuningSFTConfig, sp
         special (`set[int]`): Tokens that end a sequence or a turn, or otherwise carry structure.
     """
     wanted = np.fromiter(special, dtype=np.int64)
-    kept_lengths: list[int] = []
+    lengths = [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(dataset), 1000):
         table = dataset.with_format("arrow").select_columns(["labels"])[start : start + 1000]
-        for labels in _arrays(table["labels"]):
-            whole = _answers(labels)
-            cut = _answers(_truncated(labels, args))
-            if len(labels) == 0:
-                check.dropped["no tokens"] += 1
-            elif len(whole) == 0:
-                check.dropped["no labelled token"] += 1
-            elif len(cut) == 0:
-                check.dropped[CUT_WHOLE] += 1
-            else:
-                check.cut += len(cut) < len(whole)
-                check.endless += not np.isin(whole[-END_WITHIN:], wanted).any()
-                check.bare += budget_size(args.token_ratio, len(cut)) <= int(np.isin(cut, wanted).sum())
-                kept_lengths.append(len(cut))
-    check.answer_lengths = np.array(kept_lengths, dtype=np.int64)
+        for chunk in table["labels"].chunks:
+            lengths.append(_count_chunk(check, chunk, args, wanted))
+    check.answer_lengths = np.concatenate(lengths)
 
 
-def _arrays(column: pa.ChunkedArray) -> Any:
-    for chunk in column.chunks:
-        values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-        for start, end in pairwise(ends):
-            yield values[start:end]
+def _count_chunk(check: DataCheck, chunk: pa.ListArray, args: QTuningSFTConfig, special: np.ndarray) -> np.ndarray:
+    """Count some rows; returns the answer tokens that are left of each that is trained on."""
+    offsets = chunk.offsets.to_numpy()
+    labels = chunk.values[offsets[0] : offsets[-1]].to_numpy(zero_copy_only=False)
+    starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+    answer = labels != IGNORE
+    answer[starts[starts < ends]] = False  # the first token of a row is not predicted
+    is_special = answer & np.isin(labels, special)
+    first, last = _window(starts, ends, args)
+    whole, cut = _count_between(answer, starts, ends), _count_between(answer, first, last)
+    for reason, rows in (
+        ("no tokens", starts == ends),
+        ("no labelled token", (whole == 0) & (starts < ends)),
+        (CUT_WHOLE, (cut == 0) & (whole > 0)),
+    ):
+        if rows.any():
+            check.dropped[reason] += int(rows.sum())
+    left = cut > 0
+    check.cut += int((left & (cut < whole)).sum())
+    # Whether one of the last answer tokens of a row ends it; one more entry stands for rows that have none.
+    tokens, ends_it = np.append(np.flatnonzero(answer), len(labels)), np.append(is_special, False)
+    ended = np.zeros(len(starts), dtype=bool)
+    after = np.cumsum(whole)
+    for back in range(1, END_WITHIN + 1):
+        ended |= (whole >= back) & ends_it[tokens[np.maximum(after - back, 0)]]
+    check.endless += int((left & ~ended).sum())
+    budget = np.maximum(1, np.floor(args.token_ratio * cut + 1e-9))  # `method.budget_size`
+    check.bare += int((left & (budget <= _count_between(is_special, first, last))).sum())
+    return cut[left]
 
 
-def _answers(labels: np.ndarray) -> np.ndarray:
-    """Labels that are trained on after the causal shift."""
-    shifted = labels[1:]
-    return shifted[shifted != IGNORE]
-
-
-def _truncated(labels: np.ndarray, args: QTuningSFTConfig) -> np.ndarray:
-    """As TRL cuts a row; `bfd_split` packing puts what is cut off into another row."""
+def _window(starts: np.ndarray, ends: np.ndarray, args: QTuningSFTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What TRL leaves of rows that can be predicted; `bfd_split` packing puts what is cut off into another row."""
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
-        return labels
+        return starts, ends
     if args.truncation_mode == "keep_end" and not args.packing:
-        return labels[-args.max_length :]
-    return labels[: args.max_length]
+        cut = ends - args.max_length
+        return np.where(cut > starts, cut + 1, starts), ends
+    return starts, np.minimum(ends, starts + args.max_length)
+
+
+def _count_between(mask: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    before = np.concatenate([[0], np.cumsum(mask)])
+    return before[ends] - before[starts]
 
 
 # What is said

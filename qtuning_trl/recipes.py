@@ -1,4 +1,4 @@
-"""Recipes: plain TRL-style YAML files that may build on others, and the parser that reads them and the command line."""
+"""The parser that reads recipes and the command line: plain TRL-style options, those of Q-Tuning and of accelerate."""
 
 import argparse
 import difflib
@@ -8,119 +8,18 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
-BASE_KEY = "base"
+from .help import Formatter, HelpAll, format_help
+from .names import OTHERS, remedy
+from .recipe_files import BASE_KEY, load_recipe
+
 ACCELERATE_CONFIG = "accelerate_config"
 # Options of `accelerate launch` that say what is launched, which is not the recipe's to choose.
 NOT_FOR_RECIPES = {"help", "module", "no_python", "training_script", "training_script_args", "main_training_function"}
-# Names that older TRL recipes and handbooks use, and that no likeness in spelling would lead to.
-RENAMED = {
-    "torch_dtype": "dtype",
-    "dataset_mixture": "datasets",
-    "dataset_mixer": "datasets",
-    "max_seq_length": "max_length",
-    "evaluation_strategy": "eval_strategy",
-    "model_name": "model_name_or_path",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-}
-
-
-# Files
-
-
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """
-    Read a recipe and the ones it builds on.
-
-    The key `base` names one file or a list of files, relative to the recipe. They are merged in order, a later one
-    replacing the keys of an earlier one, and the recipe itself comes last. Only `env` is merged key by key.
-    Relative `chat_template_path`, `fallback_chat_template` and `data_files` that exist beside the recipe that names
-    them, and not in the current directory, are made to point there.
-
-    Raises:
-        `ValueError`: If a file is missing, is no YAML mapping, or builds on itself; in one sentence.
-    """
-    return _load(Path(path), ())
-
-
-def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    where = path.resolve()
-    if where in children:
-        chain = " -> ".join(child.name for child in (*children[children.index(where) :], where))
-        raise ValueError(f"`base` in {children[-1]} leads back to the recipe itself ({chain}): remove one of these.")
-    recipe = _read_mapping(path, children)
-    bases = recipe.pop(BASE_KEY, None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ValueError(f"`{BASE_KEY}` in {path} is {bases!r}: give the path of a recipe, or a list of paths.")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = _merge(merged, _load(path.parent / Path(base).expanduser(), (*children, where)))
-    return _merge(merged, _resolve_paths(recipe, path.parent))
-
-
-def _read_mapping(path: Path, children: Sequence[Path]) -> dict[str, Any]:
-    option = f"`{BASE_KEY}` in {children[-1]}" if children else "`--config`"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{option} is '{path}': give the path of a recipe ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} is '{path}': this is no YAML file ({_one_line(error)}).") from None
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise ValueError(f"{option} is '{path}': give a YAML file of lines `key: value`.")
-    if not isinstance(recipe.get("env") or {}, dict):
-        raise ValueError(f"`env` in {path} is {recipe['env']!r}: give lines `NAME: value` below it.")
-    return recipe
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    merged = {**old, **new}
-    if "env" in merged:
-        merged["env"] = {**(old.get("env") or {}), **(new.get("env") or {})}
-    return merged
-
-
-def _resolve_paths(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Point the paths a recipe names at the files beside it, where the current directory has no such file."""
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        if isinstance(value, dict):
-            return {key: resolve(item) for key, item in value.items()}
-        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
-            return str(folder / value)
-        return value
-
-    resolved = dict(recipe)
-    for name in ("chat_template_path", "fallback_chat_template"):
-        if name in recipe:
-            resolved[name] = resolve(recipe[name])
-    if isinstance(recipe.get("datasets"), list):
-        resolved["datasets"] = [
-            {**entry, "data_files": resolve(entry["data_files"])}
-            if isinstance(entry, dict) and "data_files" in entry
-            else entry
-            for entry in recipe["datasets"]
-        ]
-    return resolved
-
-
-# The command line
 
 
 @dataclass
@@ -150,18 +49,26 @@ class RecipeParser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any):
-        super().__init__(list(dataclass_types), allow_abbrev=False, **kwargs)
+        super().__init__(list(dataclass_types), allow_abbrev=False, formatter_class=Formatter, **kwargs)
         self.add_argument(
             "--config",
-            metavar="RECIPE",
+            type=_recipe,
             default=argparse.SUPPRESS,
-            help="Recipe: a YAML file of these options and those of `accelerate launch`; its key `base` names recipes "
-            "it builds on. Options on the command line replace those of the recipe.",
+            help="A YAML file of these options and those of `accelerate launch`, or one that `qtuning recipes` lists; "
+            "its key `base` names recipes it builds on. Options on the command line replace those of the recipe.",
         )
+        self.add_argument(
+            "--help-all", "--help_all", nargs=0, action=HelpAll, default=argparse.SUPPRESS,
+            help="show every option and exit",
+        )  # fmt: skip
         self._hints = {
             name: hint for dtype in self.dataclass_types for name, hint in typing.get_type_hints(dtype).items()
         }
         self._actions_by_name = {a.dest: a for a in reversed(self._actions) if a.dest in self._hints}
+
+    def format_help(self) -> str:
+        """Our options first, then the most used ones of TRL; `--help-all` has the others."""
+        return format_help(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise a `ValueError` where argparse would print the usage of 200 options and exit."""
@@ -215,17 +122,14 @@ class RecipeParser(TrlParser):
             elif name in launch_actions or name == ACCELERATE_CONFIG:
                 launch_args += _launch_argument(name, value, launch_actions.get(name))
             else:
-                remedy = self._nearest(name, launch_actions)
-                raise ValueError(f"`{name}: {value}` in {path} is no known option: {remedy}")
+                raise ValueError(
+                    f"`{name}: {value}` in {path} is no known option: {self._remedy(name, launch_actions)}"
+                )
         self.set_defaults_with_config(**values)
         return launch_args
 
-    def _nearest(self, name: str, launch_actions: dict[str, argparse.Action], dashes: str = "") -> str:
-        known = [*self._actions_by_name, *launch_actions, ACCELERATE_CONFIG, BASE_KEY, "config", "env"]
-        matches = difflib.get_close_matches(name, known, n=1)
-        if name in RENAMED or matches:
-            return f"did you mean `{dashes}{RENAMED.get(name) or matches[0]}`?"
-        return f"`{self.prog} --help` lists those there are."
+    def _remedy(self, name: str, launch_actions: dict[str, argparse.Action], dashes: str = "") -> str:
+        return remedy(name, {*self._actions_by_name, *launch_actions, *OTHERS}, self.prog, dashes)
 
     def _refuse_unknown_options(self, extras: list[str], launch_actions: dict[str, argparse.Action]) -> None:
         """Refuse what neither the dataclasses nor `accelerate launch` take; each option comes with its own values."""
@@ -238,11 +142,11 @@ class RecipeParser(TrlParser):
                 if takes_value and not equals and next(tokens, None) is None:
                     raise ValueError(f"`{option}` has no value: give one after it.")
             elif option.startswith("-"):
-                remedy = self._nearest(option.lstrip("-").replace("-", "_"), launch_actions, "--")
-                raise ValueError(f"`{token}` is no known option: {remedy}")
+                name = option.lstrip("-").replace("-", "_")
+                raise ValueError(f"`{token}` is no known option: {self._remedy(name, launch_actions, '--')}")
             else:
-                remedy = f"`--config {token}`" if token.endswith((".yaml", ".yml")) else "`--name value`"
-                raise ValueError(f"`{token}` belongs to no option: give options as {remedy}.")
+                form = f"`--config {token}`" if token.endswith((".yaml", ".yml")) else "`--name value`"
+                raise ValueError(f"`{token}` belongs to no option: give options as {form}.")
 
     def _checked_value(self, name: str, value: Any, path: str) -> Any:
         """A recipe's value as the option's type; argparse itself checks those of the command line only."""
@@ -265,6 +169,10 @@ class RecipeParser(TrlParser):
         if chosen is _INVALID or invalid:
             raise ValueError(f"{given}: give {_wanted(action, kinds)}.")
         return chosen
+
+
+def _recipe(text: str) -> str:
+    return text  # its name is what the help calls the value
 
 
 _INVALID = object()

@@ -138,7 +138,7 @@ BAD_RECIPES = [
     ({"num_proceses": 2}, "did you mean `num_processes`?"),
     ({"torch_dtype": "bfloat16"}, "did you mean `dtype`?"),
     ({"dataset_mixture": []}, "did you mean `datasets`?"),
-    ({"zzz": 1}, "`zzz: 1` in {path} is no known option: `qtuning sft --help` lists those there are."),
+    ({"zzz": 1}, "`zzz: 1` in {path} is no known option: `qtuning sft --help-all` lists those there are."),
     ({"budget": "lots"}, "`budget` is 'lots': give samples x tokens in per cent, such as '12.5x50'."),
     ({"sample_ratio": 0.5}, "`budget` is '25x50' and `sample_ratio` is 0.5: they disagree"),
     ({"budget": None, "sample_ratio": 12.5}, "`sample_ratio` is 12.5: give a share greater than 0 and at most 1"),
@@ -190,7 +190,8 @@ def test_bad_recipes_end_in_one_line_before_anything_is_launched(recipe, capsys,
     ],
 )
 def test_bad_command_lines_end_in_one_line(capsys, arguments, message):
-    assert message in refusal(capsys, cli.main, ["sft", *arguments, "--use_cpu"])
+    named = [] if "--config" in str(arguments) else ["--model_name_or_path", "a/b", "--dataset_name", "c/d"]
+    assert message in refusal(capsys, cli.main, ["sft", *arguments, *named, "--use_cpu"])
 
 
 @pytest.mark.parametrize(

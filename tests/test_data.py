@@ -124,5 +124,5 @@ def test_what_cannot_be_loaded_is_refused(file, tmp_path):
     with pytest.raises(ValueError, match=r"`test_split_size` is 0\.5 and the data is streamed"):
         load_data(ScriptArguments(dataset_name=file, dataset_streaming=True), mixture)
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"`dataset_name` is '.*broken\.json', which cannot be used"):
+    with pytest.raises(ValueError, match=r"`dataset_name` is '.*broken\.json', which cannot be read: line 1 of"):
         load_data(ScriptArguments(dataset_name=str(tmp_path / "broken.json")), DatasetMixtureConfig())

@@ -3,16 +3,27 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import prompt_completion_rows, tiny_llama
 from datasets import Dataset
 from test_data_shapes import byte_models, command, refusal  # noqa: F401 (fixtures)
 from test_trainer import COMMON, make_trainer
 
-from qtuning_trl import QTuningSFTConfig, cli
-from qtuning_trl.data_check import count_steps, drop_void_rows, one_line, step_sizes, unusual
+from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer, cli
+from qtuning_trl.data_check import (
+    CUT_WHOLE,
+    DataCheck,
+    count_answers,
+    count_steps,
+    drop_void_rows,
+    one_line,
+    step_sizes,
+    unusual,
+)
 from qtuning_trl.dry_run import describe, prepared_rows
 from qtuning_trl.scripts import sft
+from qtuning_trl.step.sample import answer_lengths, split_documents
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUESTIONS = RECIPES / "data" / "local_question_answer.yaml"
@@ -130,10 +141,6 @@ def test_columns_and_preferences_are_refused_in_python_too(tmp_path, tokenizer):
 
 
 def test_a_formatting_func_takes_any_columns(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list([{"text": "a"}] * 4))
-    del trainer
-    from qtuning_trl import QTuningSFTTrainer
-
     QTuningSFTTrainer(
         tiny_llama(), QTuningSFTConfig(str(tmp_path), **COMMON), processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"x": "a"}] * 4), formatting_func=lambda row: row["x"] * 4,
@@ -161,6 +168,10 @@ def test_answers_cut_short_are_counted_exactly(tmp_path, tokenizer):
     # From n = 15 on: the first token of a row is not predicted.
     from_behind = make_trainer(tmp_path, tokenizer, dataset, max_length=16, truncation_mode="keep_end")
     assert (from_behind.data_check.cut, from_behind.data_check.dropped.total()) == (26, 0)
+    packed = make_trainer(tmp_path, tokenizer, dataset, max_length=16, packing=True)
+    assert (packed.data_check.cut, packed.data_check.dropped.total()) == (29, 8)
+    documents = [document for row in packed.train_dataset for document in split_documents(row)]
+    assert sum(answer_lengths(documents)) == packed.data_check.answer_lengths.sum()
     split = make_trainer(tmp_path, tokenizer, dataset, max_length=16, packing=True, packing_strategy="bfd_split")
     assert (split.data_check.cut, split.data_check.dropped.total()) == (0, 0)
 
@@ -248,8 +259,6 @@ def test_a_stream_shorter_than_a_step_is_refused(tmp_path, tokenizer, rows, fits
 
 
 def test_the_dry_run_says_what_would_be_trained_and_trains_nothing(command, capsys, tmp_path, monkeypatch):  # noqa: F811
-    from qtuning_trl import QTuningSFTTrainer
-
     monkeypatch.setattr(QTuningSFTTrainer, "train", lambda *_: pytest.fail("trained"))
     arguments = command("gaps.jsonl", "base", config=QUESTIONS)
     sft.run([*arguments, "--dry-run", "--budget", "25x50"])
@@ -275,3 +284,32 @@ def test_a_dry_run_shows_three_samples_and_nothing_unusual(tmp_path, tokenizer):
     assert "Nothing unusual." in text
     assert "Answers: 7 to 7 tokens" in text
     assert json.dumps(trainer.state.log_history) == "[]"
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [None, 3, 8])
+def test_counts_are_those_of_a_plain_loop(tmp_path, mode, max_length):
+    generator = np.random.default_rng(0)
+    args = QTuningSFTConfig(str(tmp_path), **{**COMMON, "max_length": max_length, "truncation_mode": mode})
+    draw = generator.random
+    rows = [
+        [int(6 * draw()) if draw() < share else -100 for _ in range(generator.integers(20))]
+        for share in generator.choice([0.0, 0.3, 1.0], 300)
+    ]
+    found = DataCheck()
+    count_answers(found, Dataset.from_dict({"labels": rows}), args, {0, 1})
+    expected = DataCheck()
+    lengths = []
+    for row in rows:
+        window = row if max_length is None else row[-max_length:] if mode == "keep_end" else row[:max_length]
+        whole, cut = ([token for token in part[1:] if token != -100] for part in (row, window))
+        if not cut:
+            expected.dropped["no tokens" if not row else CUT_WHOLE if whole else "no labelled token"] += 1
+            continue
+        lengths.append(len(cut))
+        expected.cut += len(cut) < len(whole)
+        expected.endless += not {0, 1} & {*whole[-3:]}
+        expected.bare += max(1, len(cut) // 2) <= sum(token in (0, 1) for token in cut)
+    assert found.answer_lengths.tolist() == lengths
+    for name in ("dropped", "cut", "endless", "bare"):
+        assert getattr(found, name) == getattr(expected, name), name

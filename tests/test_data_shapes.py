@@ -140,6 +140,19 @@ def test_a_template_that_writes_no_tools_is_refused(refusal, data):
     assert "use a model whose template does, set `chat_template_path` to one that does, or remove these rows." in line
 
 
+@pytest.mark.parametrize(
+    ("system", "why"), [("", ""), ("{{ raise_exception('No system turns here.') }}", " (No system turns here)")]
+)
+def test_a_template_that_leaves_out_or_refuses_system_turns_is_refused(refusal, tmp_path, system, why):
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}" + system + "{% elif m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    line = refusal("sharegpt.jsonl", "smollm2", chat_template_path=tmp_path / "chat.jinja")
+    assert f"`train_dataset` holds system turns, which the chat template of '{tmp_path}/chat.jinja' does not" in line
+    assert f"write down{why}: use a model" in line
+
+
 def test_sharegpt_is_recognized_without_a_recipe_and_the_answers_are_labelled(samples):
     first, second, _ = samples("sharegpt.jsonl", "tools")
     assert first == (

@@ -42,6 +42,10 @@ def parameters(function) -> list[str]:
             ],
         ),
         (Trainer._get_num_items_in_batch, ["self", "batch_samples", "device"]),
+        (
+            SFTTrainer._prepare_dataset,
+            ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+        ),
         (SFTTrainer.log, ["self", "logs", "start_time"]),
         (SFTTrainer.create_model_card, ["self", "model_name", "dataset_name", "tags"]),
         (SFTTrainer._set_signature_columns_if_needed, ["self"]),

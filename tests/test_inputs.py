@@ -209,7 +209,7 @@ def test_rows_cut_off_by_max_length_are_reported(tmp_path, tokenizer, caplog):
         ({"pool_factor": 4, "sample_ratio": 0.5}, "their product must not exceed 1.* set `pool_factor` to 2 or less"),
         ({"scoring_batch_tokens": 0}, "`scoring_batch_tokens` is 0"),
         ({"budget": "a lot"}, "`budget` is 'a lot': give samples x tokens in per cent, such as '12.5x50'"),
-        ({"budget": "0x50"}, "`sample_ratio` is 0.0"),
+        ({"budget": "0x50"}, "`budget` is '0x50': give more than 0 per cent"),
         ({"budget": "25x50", "sample_ratio": 0.5}, "`budget` is '25x50' and `sample_ratio` is 0.5: they disagree"),
     ],
 )

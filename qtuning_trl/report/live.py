@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..records.run import RunRecord
+from .lines import log_line
 from .plots import plot_eu_plane
 
 IMAGE_NAME = "qtuning/eu_plane"
@@ -82,7 +83,7 @@ def _send(callback: Any, image: np.ndarray, step: int) -> None:
 class SelectionProgress(ProgressCallback):
     """
     transformers' progress bar, which also shows how many of the latest pool were kept and the share of time that
-    selecting took so far; silent where the output is no terminal.
+    selecting took so far; silent where the output is no terminal. Its log lines fit a terminal.
 
     Args:
         record (`Callable`): Returns the run's counts and seconds.
@@ -108,10 +109,25 @@ class SelectionProgress(ProgressCallback):
             )
         super().on_step_end(args, state, control, **kwargs)
 
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(log_line(logs or {}, state.global_step, state.max_steps))
+
+
+class LogLines(PrinterCallback):
+    """In the place of transformers' printer, which prints all keys: one line that fits a terminal."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            print(log_line(logs or {}, state.global_step, state.max_steps))
+
 
 def show_progress(handler: CallbackHandler, record: Callable[[], RunRecord]) -> None:
-    """Put [`SelectionProgress`] in the place of transformers' bar, unless tqdm is disabled or a notebook draws it."""
+    """Put [`SelectionProgress`] in the place of transformers' bar, and [`LogLines`] in that of its printer."""
     plain = [cb for cb in handler.callbacks if type(cb) is ProgressCallback]
     for callback in plain:
         handler.remove_callback(callback)
         handler.add_callback(SelectionProgress(record, max_str_len=callback.max_str_len))
+    if any(type(cb) is PrinterCallback for cb in handler.callbacks):
+        handler.remove_callback(PrinterCallback)
+        handler.add_callback(LogLines())

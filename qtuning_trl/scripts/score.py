@@ -8,11 +8,9 @@ accelerate launch -m qtuning_trl.scripts.score --config recipes/smollm2-135m-lor
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    import signal
-
     from qtuning_trl.interrupts import end_in_one_line
 
-    end_in_one_line(signal.SIGINT)
+    end_in_one_line()
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, pick_split
+from ..early import check_early
 from ..recipes import Parsed, RecipeParser
 from ..records.run import asked_shares
 from ..step.sample import SAMPLE_ID, answer_lengths, number_rows
@@ -432,7 +431,8 @@ def build_trainer(
 def run(argv: Sequence[str]) -> None:
     """What each launched process does; ends it with one line if something goes wrong."""
     with exit_on_error(BAD_INPUT):
-        parsed = parse(take_traceback_flag(argv))
+        check_early(argv := take_traceback_flag(argv), "score")
+        parsed = parse(argv)
         if parsed.typed_launch_args:
             raise ValueError(
                 f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "

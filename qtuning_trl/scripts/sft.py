@@ -8,13 +8,10 @@ accelerate launch -m qtuning_trl.scripts.sft --config recipes/smollm2-135m-lora.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    import signal
-
     from qtuning_trl.interrupts import end_in_one_line
 
-    end_in_one_line(signal.SIGINT)
+    end_in_one_line()
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +23,12 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, missing_files, pick_split, recognize
+from ..data import load_data, map_columns, pick_split, recognize
+from ..early import check_early
+from ..files import refuse_unusable_files
 from ..host.checkpoints import checkpoint_to_resume, explained_if_full
 from ..recipes import Parsed, RecipeParser
+from ..values import refuse_missing_extras
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -112,25 +112,15 @@ def refuse_missing_files(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """Raise a `ValueError` if no model or no data is named, or a local file that does not exist is."""
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
-    if model.startswith(("./", "../", "/", "~")) and not Path(model).exists():
-        raise ValueError(f"`model_name_or_path` is {model!r}: no such folder; give one that holds a model.")
-    if script_args.dataset_name is None and not dataset_args.datasets:
-        raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
-    missing = missing_files(script_args, dataset_args)
-    if missing is not None:
-        raise ValueError(missing)
+    """Raise a `ValueError` if no model or no data is named, or what is named cannot be meant."""
     undone = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
     for option, holder in (("chat_template_path", training_args), *((name, script_args) for name in undone)):
         if str(getattr(holder, option)).lower() in ("null", "none"):
             setattr(holder, option, None)  # the command line's way to undo a recipe's
-    for option, holder in (("chat_template_path", training_args), ("fallback_chat_template", script_args)):
-        template = getattr(holder, option)
-        if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-            raise ValueError(f"`{option}` is {template!r}: no such file; give a Jinja file or a model.")
+    names = ("dataset_name", "fallback_chat_template")
+    values = {**vars(training_args), **vars(model_args), **{name: getattr(script_args, name) for name in names}}
+    refuse_missing_extras(values)
+    refuse_unusable_files({**values, "datasets": [vars(entry) for entry in dataset_args.datasets]})
     training_args.resume_from_checkpoint = checkpoint_to_resume(
         str(training_args.output_dir), training_args.resume_from_checkpoint
     )
@@ -229,6 +219,12 @@ def mapped(dataset: Any, script_args: QTuningScriptArguments, training_args: QTu
     counted = (training_args.group_column, training_args.score_column)
     templates = (script_args.prompt_template, script_args.completion_template)
     column = script_args.messages_column
+    first: dict[str, Any] = next(iter(dataset), {})
+    if column is not None and isinstance(first.get(column), str):
+        raise ValueError(
+            f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
+            "of turns), or use `prompt_template` and `completion_template`."
+        )
     if column is None and not any(templates) and not script_args.as_messages:
         column = recognize(dataset, counted, training_args.dataset_text_field)
         if column not in (None, "messages"):
@@ -256,6 +252,7 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
     from ..data_check import one_line
     from ..dry_run import prepared_rows
     from ..records.run import SUMMARY_NAME
+    from ..report.lines import closing_lines
 
     args = trainer.args
     output_dir = str(args.output_dir)
@@ -271,8 +268,8 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
     trainer.create_model_card(dataset_name=dataset_name)
     if report is not None:
         report.finish(output_dir)
-    what = "Adapter" if getattr(trainer.model, "peft_config", None) else "Model"
-    trainer.accelerator.print(f"{what} saved to {output_dir}; what was kept: {os.path.join(output_dir, SUMMARY_NAME)}")
+    adapter = bool(getattr(trainer.model, "peft_config", None))
+    trainer.accelerator.print(closing_lines(trainer.summary(), output_dir, adapter, SUMMARY_NAME))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
@@ -310,7 +307,8 @@ def finish(trainer: "QTuningSFTTrainer", script_args: QTuningScriptArguments) ->
 def run(argv: Sequence[str]) -> None:
     """What each launched process does; ends it with one line if something goes wrong."""
     with exit_on_error(BAD_INPUT):
-        parsed = parse(take_traceback_flag(argv))
+        check_early(argv := take_traceback_flag(argv), "sft")
+        parsed = parse(argv)
         if parsed.typed_launch_args:
             raise ValueError(
                 f"`{parsed.typed_launch_args[0]}` is an option of `accelerate launch`: give it before `-m {MODULE}`, "

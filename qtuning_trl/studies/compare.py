@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy import stats
 
 from .. import pruners
+
+try:
+    from scipy import stats
+except ImportError:
+    raise ImportError("comparisons need scipy, which is not installed: pip install 'qtuning-trl[compare]'.") from None
 
 RESULT_NAME = "result.json"
 FAILURE_NAME = "failure.txt"

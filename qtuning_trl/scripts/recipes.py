@@ -1,0 +1,103 @@
+"""
+List the recipes that come with the package, or copy one to edit.
+
+```bash
+qtuning recipes
+qtuning recipes copy smollm2-1.7b-lora my.yaml
+qtuning sft --config my.yaml
+```
+"""
+
+import argparse
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..cli import EPILOG
+from ..recipe_files import SHIPPED, find_recipe, load_recipe, shipped_names
+
+CARD = re.compile(r"card with (\d+ GB)")
+# They name no model: what other recipes build on.
+PARTS = ("base", "qlora", "paper/base")
+TABLES = ("paper/table2",)  # for `qtuning compare`
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of `qtuning recipes`."""
+    parser = argparse.ArgumentParser(
+        prog="qtuning recipes", description=(__doc__ or "").strip().split("\n")[0], epilog=EPILOG, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    copy = commands.add_parser("copy", help="write a recipe, with all that it builds on, to a file of your own")
+    copy.add_argument("name", metavar="NAME", help="one that `qtuning recipes` lists")
+    copy.add_argument("file", metavar="FILE", nargs="?", help="where it goes (default: NAME.yaml here)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """`qtuning recipes`: list, or copy; raises what [`copy_recipe`] raises."""
+    options = make_parser().parse_args(list(argv))
+    if options.command == "copy":
+        file = copy_recipe(options.name, options.file)
+        runs = "model_name_or_path" in load_recipe(file)
+        print(f"{options.name} copied to {file}" + (f"\nNext:\n  qtuning sft --config {file}" if runs else ""))
+    else:
+        print(listing())
+    return 0
+
+
+def listing() -> str:
+    """A line for each recipe: its name, the card it is meant for, model and data."""
+    rows, data = [("recipe", "card", "model", "data")], []
+    for name in shipped_names():
+        if name.startswith("data/"):
+            data.append(f"  {name:<28}{_first_comment(name).split('. ')[0].rstrip('.')}")
+        elif name not in (*PARTS, *TABLES):
+            recipe = load_recipe(SHIPPED / f"{name}.yaml")
+            card = CARD.search(_first_comment(name))
+            size = card[1] if card else "CPU" if recipe.get("use_cpu") else "-"
+            rows.append((name, size, recipe["model_name_or_path"], recipe["dataset_name"]))
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(3)]
+    lines = ["".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    usage = "qtuning sft --config NAME trains by one; qtuning recipes copy NAME gives a file to edit."
+    maps = "Data, for `base: [NAME, data/...]` in a recipe of your own:"
+    return "\n".join([*lines, "", maps, *data, "", usage])
+
+
+def _first_comment(name: str) -> str:
+    first = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ")
+
+
+def copy_recipe(name: str, file: str | None = None) -> Path:
+    """
+    Write a recipe that comes with the package to a file, merged with those it builds on; its chat template beside it.
+
+    Args:
+        name (`str`): Name of the recipe.
+        file (`str`, *optional*): Where it goes; by default its name in the current folder.
+
+    Raises:
+        `ValueError`: If there is no such recipe, or the file is there already.
+    """
+    source = find_recipe(f"recipes/{name}")
+    if SHIPPED not in source.parents:
+        raise ValueError(f"`NAME` is {name!r}: give one that `qtuning recipes` lists.")
+    target = Path(file).expanduser() if file else Path(f"{source.stem}.yaml")
+    recipe = load_recipe(source)
+    template = recipe.get("chat_template_path")
+    beside = target.parent / Path(template).name if template else target
+    for path in {target, beside}:
+        if path.exists():
+            raise ValueError(f"`FILE` is '{path}', which is there already: give another, or remove it.")
+    if template:
+        recipe["chat_template_path"] = beside.name
+        shutil.copyfile(template, beside)
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
+    comment = f"# {_first_comment(source.relative_to(SHIPPED).with_suffix('').as_posix())}\n"
+    help_line = "# `qtuning sft --help` explains each key; remove those that you leave as TRL has them.\n"
+    target.write_text(comment + help_line + text, encoding="utf-8")
+    return target
