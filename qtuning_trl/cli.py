@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command in LAUNCHED:
         return run_script(arguments.command, argv[1:])
     if arguments.command in OWN_PROCESS:
-        module = f"{__package__}.scripts.{arguments.command}"
-        return subprocess.run([sys.executable, "-m", module, *argv[1:]]).returncode
+        return subprocess.run(
+            [sys.executable, "-m", f"{__package__}.scripts.{arguments.command}", *argv[1:]]
+        ).returncode
     argv = take_traceback_flag(argv)
     with ended_in_one_line(), exit_on_error(BAD_INPUT):
         return import_module(f".scripts.{arguments.command}", __package__).main(argv[1:])

@@ -12,7 +12,7 @@ INTERRUPTED = 128 + signal.SIGINT  # what shells make of a command that Ctrl-C e
 
 def end_in_one_line(*signums: signal.Signals) -> dict[signal.Signals, Any]:
     """
-    From now on this process ends by these signals with one line, and so do those that it forks, in silence.
+    From now on this process ends by these signals (Ctrl-C) with one line, and so do those that it forks, in silence.
 
     Returns:
         `dict`: The handlers before.
@@ -26,7 +26,7 @@ def end_in_one_line(*signums: signal.Signals) -> dict[signal.Signals, Any]:
             os.write(2, f"\nqtuning: {what}.\n".encode())  # not by print, which this may have interrupted
         raise SystemExit(128 + signum)
 
-    return {signum: signal.signal(signum, end) for signum in signums}
+    return {signum: signal.signal(signum, end) for signum in signums or (signal.SIGINT,)}
 
 
 @contextmanager

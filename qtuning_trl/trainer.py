@@ -14,27 +14,20 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from . import checks
 from .chat_templates import refuse_lost_parts
+from .checked_trainer import CheckedSFTTrainer
 from .config import QTuningSFTConfig
 from .data_check import (
     DataCheck,
-    count_answers,
     drop_void_rows,
-    left_out,
-    refuse_short_stream,
-    unusual,
-    without_cuts,
 )
-from .host.checkpoints import checkpoint_to_resume, half_written_after, whole_checkpoint
 from .host.head import lean_lm_head, weighted_losses
 from .host.loading import load_processing_class, load_second_model
 from .host.loop import count_items, keep_column, train_loader_of, without_checkpointing
@@ -65,7 +58,7 @@ from .step.selection import Selector, special_token_ids
 logger = get_logger(__name__)
 
 
-class QTuningSFTTrainer(SFTTrainer):
+class QTuningSFTTrainer(CheckedSFTTrainer):
     """
     Trainer for Supervised Fine-Tuning with joint sample and token pruning (Q-Tuning, arXiv 2509.23873).
 
@@ -163,32 +156,6 @@ class QTuningSFTTrainer(SFTTrainer):
         self._make_stations()
         self._add_listeners()
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        """TRL's preparation, of the training set in two calls: what `max_length` cuts off is counted in between."""
-        if dataset_name == "train" and isinstance(dataset, Dataset):
-            whole = without_cuts(args)
-            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-            self._whole_rows, formatting_func = dataset, None
-        elif dataset_name != "train" and formatting_func is None:
-            dataset, check = drop_void_rows(dataset, args, "eval_dataset")
-            for sentence in left_out(check, args, "eval_dataset"):
-                logger.warning(sentence)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _check_data(self) -> None:
-        """Count what became of the training set, refuse it if nothing is left, and warn of what is left out."""
-        args, check = self.args, self.data_check
-        if self._whole_rows is not None:
-            count_answers(check, self._whole_rows, args, special_token_ids(self._tokenizer, self.model))
-            self._whole_rows = None
-        checks.refuse_missing_answers(self.train_dataset, check, args)
-        if isinstance(self.train_dataset, IterableDataset):
-            refuse_short_stream(self.train_dataset, args)
-        for sentence in left_out(check, args):
-            logger.warning(sentence)
-
     def _make_stations(self) -> None:
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
         args, model, tokenizer = self.args, self.model, self._tokenizer
@@ -233,40 +200,13 @@ class QTuningSFTTrainer(SFTTrainer):
         """Counts and seconds of the run. Looked up, since transformers may rebuild callbacks on resume."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunRecord))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """
-        TRL's `train`. A resumed run goes on from a whole checkpoint: `True` is the newest in the output directory.
+    def _go_on_from(self, checkpoint: str | None) -> None:
+        if self.scorer.cache is not None and not self.scorer.cache.resume(checkpoint):
+            logger.warning(f"{checkpoint} holds no {SCORES_NAME}: every sample is scored anew.")
 
-        Raises:
-            `ValueError`: If there is no whole checkpoint to resume from, or its reused scores cannot be read.
-        """
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None
-        for sentence in unusual(self.data_check, self.args, rows):
-            logger.warning(sentence)
-        folder = checkpoint_to_resume(str(self.args.output_dir), resume_from_checkpoint)
-        half_written = half_written_after(folder) if folder is not None else []
-        if half_written:
-            names = ", ".join(half_written)
-            logger.warning(f"{names}: half-written, since a save was interrupted; going on from {folder}.")
-        if self.scorer.cache is not None:
-            self.scorer.cache.scores.clear()
-            if folder is not None and not self.scorer.cache.load(folder):
-                logger.warning(f"{folder} holds no {SCORES_NAME}: every sample is scored anew.")
-        return super().train(folder, *args, **kwargs)
-
-    def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
-    ) -> tuple[int, int]:
-        """Where a resumed run stands: at the end, if it has made all its steps (the host would make one more)."""
-        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        return done if self.state.global_step < max_steps else (num_train_epochs, 0)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """TRL's checkpoint, with the scores that are reused; it is marked as half-written until all of it is there."""
-        with whole_checkpoint(self, trial) as folder:
-            if self.scorer.cache is not None and self.args.should_save:
-                self.scorer.cache.save(folder)
-            super()._save_checkpoint(model, trial)
+    def _save_beside(self, folder: Path) -> None:
+        if self.scorer.cache is not None and self.args.should_save:
+            self.scorer.cache.save(folder)
 
     def get_train_dataloader(self) -> DataLoader:
         """The train loader, which yields uncollated examples: candidates are pruned before they are collated."""

@@ -77,11 +77,17 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: Any) -> str | None:
     return str(wanted)
 
 
-def half_written_after(checkpoint: str | Path) -> list[str]:
-    """Names of the checkpoints beside a whole one that are newer, but half-written."""
-    checkpoint = Path(checkpoint).absolute()
-    newer = [folder for folder in list_checkpoints(checkpoint.parent) if _step(folder) > _step(checkpoint)]
-    return [folder.name for folder in newer if not is_whole(folder)]
+def warn_of_half_written(checkpoint: str | None) -> None:
+    """Say which checkpoints are newer than the one to resume from, but half-written."""
+    from accelerate.logging import get_logger
+
+    if checkpoint is None:
+        return
+    step, folder = _step(Path(checkpoint)), Path(checkpoint).absolute().parent
+    names = [other.name for other in list_checkpoints(folder) if _step(other) > step and not is_whole(other)]
+    if names:
+        sentence = "half-written, since a save was interrupted; going on from"
+        get_logger(__name__).warning(f"{', '.join(names)}: {sentence} {checkpoint}.")
 
 
 @contextmanager

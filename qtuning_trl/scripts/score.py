@@ -8,11 +8,9 @@ accelerate launch -m qtuning_trl.scripts.score --config recipes/smollm2-135m-lor
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    import signal
-
     from qtuning_trl.interrupts import end_in_one_line
 
-    end_in_one_line(signal.SIGINT)
+    end_in_one_line()
 
 import sys
 from collections.abc import Iterator, Sequence

@@ -108,6 +108,11 @@ class ScoreCache:
         )
         temporary.replace(path)
 
+    def resume(self, checkpoint: str | None) -> bool:
+        """Begin anew, or go on from a checkpoint; `False` if that has no scores. Raises as `load` does."""
+        self.scores.clear()
+        return checkpoint is None or self.load(checkpoint)
+
     def load(self, folder: str | Path) -> bool:
         """
         Go on from a checkpoint; whether it has scores. Without them the samples are scored anew.
