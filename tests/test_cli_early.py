@@ -247,7 +247,7 @@ def test_help_shows_ours_first_and_each_option_once(capsys):
             cli.main(["sft", flag])
         assert end.value.code == 0
         shown[flag] = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-    assert shown["--help"][:4] == ["--config", "--help_all", "--budget", "--sample_ratio"]
+    assert shown["--help"][:4] == ["--config", "--help_all", "--dry_run", "--budget"]
     assert "--adam_beta1" not in shown["--help"]
     assert "--adam_beta1" in shown["--help-all"]
     assert len(set(shown["--help-all"])) == len(shown["--help-all"])

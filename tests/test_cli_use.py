@@ -62,8 +62,9 @@ def test_a_copied_recipe_is_the_same_and_stands_alone(tmp_path, monkeypatch, cap
     assert "base" not in raw
     shipped, own = load_recipe(name), load_recipe(tmp_path / "own.yaml")
     for recipe_ in (shipped, own):
-        template = recipe_.get("chat_template_path")
-        recipe_["chat_template_path"] = Path(template).read_text() if template else None
+        for option in ("chat_template_path", "fallback_chat_template"):
+            template = recipe_.get(option)
+            recipe_[option] = Path(template).read_text() if template else None
     assert own == shipped
     assert refusal(capsys, cli.main, ["recipes", "copy", name, "own.yaml"]).count("which is there already") == 1
     assert "give one that `qtuning recipes` lists" in refusal(capsys, cli.main, ["recipes", "copy", "no-such"])

@@ -51,10 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 def listing() -> str:
     """A line for each recipe: its name, the card it is meant for, model and data."""
-    rows, data = [("recipe", "card", "model", "data")], []
+    rows, data = [("recipe", "card", "model", "data")], [("name", "what it is for")]
     for name in shipped_names():
         if name.startswith("data/"):
-            data.append(f"  {name:<28}{_first_comment(name).split('. ')[0].rstrip('.')}")
+            data.append((name, _first_comment(name).split(". ")[0].rstrip(".")))
         elif name not in (*PARTS, *TABLES):
             recipe = load_recipe(SHIPPED / f"{name}.yaml")
             card = CARD.search(_first_comment(name))
@@ -62,9 +62,11 @@ def listing() -> str:
             rows.append((name, size, recipe["model_name_or_path"], recipe["dataset_name"]))
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(3)]
     lines = ["".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    width = max(len(name) for name, _ in data) + 2
+    about = [f"  {name.ljust(width)}{what}" for name, what in data]
     usage = "qtuning sft --config NAME trains by one; qtuning recipes copy NAME gives a file to edit."
     maps = "Data, for `base: [NAME, data/...]` in a recipe of your own:"
-    return "\n".join([*lines, "", maps, *data, "", usage])
+    return "\n".join([*lines, "", maps, *about, "", usage])
 
 
 def _first_comment(name: str) -> str:
@@ -88,14 +90,14 @@ def copy_recipe(name: str, file: str | None = None) -> Path:
         raise ValueError(f"`NAME` is {name!r}: give one that `qtuning recipes` lists.")
     target = Path(file).expanduser() if file else Path(f"{source.stem}.yaml")
     recipe = load_recipe(source)
-    template = recipe.get("chat_template_path")
-    beside = target.parent / Path(template).name if template else target
-    for path in {target, beside}:
+    options = ("chat_template_path", "fallback_chat_template")
+    templates = {option: Path(recipe[option]) for option in options if recipe.get(option)}
+    for path in {target, *(target.parent / template.name for template in templates.values())}:
         if path.exists():
             raise ValueError(f"`FILE` is '{path}', which is there already: give another, or remove it.")
-    if template:
-        recipe["chat_template_path"] = beside.name
-        shutil.copyfile(template, beside)
+    for option, template in templates.items():
+        recipe[option] = template.name
+        shutil.copyfile(template, target.parent / template.name)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
     comment = f"# {_first_comment(source.relative_to(SHIPPED).with_suffix('').as_posix())}\n"
     help_line = "# `qtuning sft --help` explains each key; remove those that you leave as TRL has them.\n"
