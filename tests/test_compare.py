@@ -154,7 +154,7 @@ def test_bad_comparisons_are_refused(config, changes, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"budgets": ["25x50", "250x50"]}, "`sample_ratio` is 2.5"),
+        ({"budgets": ["25x50", "250x50"]}, "`budget` is '250x50': give at most 100 per cent of the samples"),
         ({"pruners": ["random + fastvv"]}, "`token_pruner` is 'fastvv': did you mean 'fastv'?"),
         ({"accuracy": "json:nothing"}, "`accuracy` is 'json:nothing', which cannot be loaded (module 'json' has no"),
     ],
