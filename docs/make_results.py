@@ -47,6 +47,11 @@ README_COLUMNS = (
     ("gsm8k_tokens", "eval_loss", "GSM8K's text, held-out loss"),
 )
 README_TOKENS = 0.125  # of the answer tokens, asked for
+# What the README shows of them: both readings of the method, random, and the best rivals; the page has all rows.
+README_ROWS = (
+    ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "Q4 alone", "perplexity_middle + hardest", "random + rho1",
+    "infobatch + none", "excess + none", "random + none", "random + hardest",
+)  # fmt: skip
 
 INTRODUCTION = """# Results
 
@@ -122,9 +127,9 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
         f"| samples + tokens | samples | answer tokens | {' | '.join(heading for _, _, heading in columns)} |",
         f"|{'---|' * (len(columns) + 3)}",
     ]
-    for pruner, row in first.items():
-        shares = [f"{row[name]:.1%}" for name in ("kept_samples", "kept_tokens")]
-        shares = ["-", "-"] if pruner == ZERO_SHOT else shares
+    for pruner in README_ROWS:
+        row = first[pruner]
+        shares = ["-" if row[name] is None else f"{row[name]:.1%}" for name in ("kept_samples", "kept_tokens")]
         cells = [shown(tables[name].get(pruner, {}).get(metric), metric) for name, metric, _ in columns]
         lines.append(f"| {pruner} | {' | '.join([*shares, *cells])} |")
     seeds = [min(len(row["seeds"]) for row in tables[name].values()) for name, _, _ in columns]

@@ -221,7 +221,8 @@ def test_a_pool_too_small_for_corners_warns_and_names_the_remedy(tmp_path, token
 
 
 def test_the_readmes_example_has_a_sound_pool(tmp_path):
-    (line,) = [text for text in (RECIPES.parent / "README.md").read_text().splitlines() if "+trainer = " in text]
+    lines = (RECIPES.parent / "README.md").read_text().splitlines()
+    (line,) = [text for text in lines if text.startswith("+") and "QTuningSFTConfig(" in text]
     config = line[line.index("QTuningSFTConfig(") :].split(")")[0] + ", use_cpu=True, bf16=False)"
     args = eval(config.replace('"out"', repr(str(tmp_path))))
     assert step_sizes(args, None) == (32, 4)

@@ -236,7 +236,7 @@ def test_alpacas_columns_become_messages_with_system_and_history(samples):
          ["the column 'system', filled in 1 of its rows, which no template names: set `as_messages` to true"]),
         ("alpaca_history.json", {"prompt_template": "{system}{instruction}", "completion_template": "{output}"},
          ["the column 'history', filled in 1 of its rows"]),
-        ("sharegpt.jsonl", {"messages_column": "id"}, ["`messages_column` holds 'talk_0', which is no list of turns"]),
+        ("sharegpt.jsonl", {"messages_column": "id"}, ["`messages_column` names the column 'id', which holds text"]),
         ("sharegpt.jsonl", {"messages_column": "conversations", "as_messages": True}, ["give only one of the two"]),
         ("sharegpt.jsonl", {"fallback_chat_template": "no.jinja"}, ["`fallback_chat_template` is 'no.jinja': no such"]),
     ],
