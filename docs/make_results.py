@@ -134,8 +134,7 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {pruner} | {' | '.join([*shares, *cells])} |")
     seeds = [min(len(row["seeds"]) for row in tables[name].values()) for name, _, _ in columns]
     counts = f"{seeds[0]} seeds" if len(set(seeds)) == 1 else f"seeds ({', '.join(map(str, seeds))} by column)"
-    note = f"Mean and half of the 95% interval over {counts}; loss in nats a token, on clean rows."
-    lines += ["", f"{note} Shares are those of the first task."]
+    lines += ["", f"Mean and half of the 95% interval over {counts}; shares are those of the first task."]
     return "\n".join(lines)
 
 
