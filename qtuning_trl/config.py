@@ -13,7 +13,7 @@ SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
 SURVIVOR_CHECKPOINTING = ("true", "auto", "false")
 TOKEN_BUDGETS = ("answer", "pool")
-BISECTIONS = ("full", "budget")
+BISECTIONS = ("budget", "full")
 
 
 @dataclass
@@ -106,10 +106,10 @@ class QTuningSFTConfig(SFTConfig):
 
     # Parameters that control the method
     bisection: str = field(
-        default="full",
+        default="budget",
         metadata={
-            "help": "How Algorithm 1's bisection ends: `'full'` takes all ten steps, `'budget'` stops as soon as Q2 "
-            "and Q4 hold `sample_ratio` of the pool to within 0.01, so that less is filled up from outside them.",
+            "help": "How Algorithm 1's bisection ends: `'budget'` stops as soon as Q2 and Q4 hold `sample_ratio` of the "
+            "pool to within 0.01, so that less is filled up from outside them; `'full'` takes all ten steps.",
             "choices": list(BISECTIONS),
         },
     )

@@ -91,7 +91,7 @@ class SampleSelection:
 
 
 def select_samples(
-    perplexity: Tensor, entropy: Tensor, sample_ratio: float, stop_at_budget: bool = False
+    perplexity: Tensor, entropy: Tensor, sample_ratio: float, stop_at_budget: bool = True
 ) -> SampleSelection:
     """
     Stage 1, sample pruning (Algorithm 1): bisect the quantiles of both axes until Q2 and Q4 hold the budget.

@@ -45,7 +45,7 @@ class Pool:
     prompt_characters: Tensor | None = None
     prompt_character_entropy: Tensor | None = None
     column: Tensor | None = None
-    stop_at_budget: bool = False
+    stop_at_budget: bool = True
     infobatch_annealing: float = 0.0
 
     @property

@@ -293,7 +293,7 @@ def select_rows(
     sample_ratio: float,
     pool: int | None = None,
     seed: int = 0,
-    stop_at_budget: bool = False,
+    stop_at_budget: bool = True,
 ) -> Decisions:
     """
     Stage 1 (Algorithm 1) over a data set.

@@ -21,13 +21,14 @@ def fill_by_rank(pool: Pool) -> SampleSelection:
     """P and E of the supplementary score are ranks instead of min-max normalised."""
     ranks = (torch.from_numpy(rankdata(values)) for values in (pool.perplexity, pool.entropy))
     # The quadrants depend on order alone, so they stay what they were; min-max of ranks are ranks.
-    return select_samples(*ranks, pool.sample_ratio)
+    return select_samples(*ranks, pool.sample_ratio, pool.stop_at_budget)
 
 
 @register_sample_pruner("fill_by_log", needs=["scores"])
 def fill_by_log(pool: Pool) -> SampleSelection:
     """P of the supplementary score is the min-max normalised log-perplexity, whose tail is lighter."""
-    return select_samples(pool.perplexity.log(), pool.entropy, pool.sample_ratio)
+    logarithm = pool.perplexity.log()
+    return select_samples(logarithm, pool.entropy, pool.sample_ratio, pool.stop_at_budget)
 
 
 @register_sample_pruner("fill_without_q1", needs=["scores"])
