@@ -108,8 +108,8 @@ class QTuningSFTConfig(SFTConfig):
     bisection: str = field(
         default="budget",
         metadata={
-            "help": "How Algorithm 1's bisection ends: `'budget'` stops as soon as Q2 and Q4 hold `sample_ratio` of the "
-            "pool to within 0.01, so that less is filled up from outside them; `'full'` takes all ten steps.",
+            "help": "How Algorithm 1's bisection ends: `'budget'` stops as soon as Q2 and Q4 hold `sample_ratio` of "
+            "the pool to within 0.01, so that less is filled up from outside them; `'full'` takes all ten steps.",
             "choices": list(BISECTIONS),
         },
     )
