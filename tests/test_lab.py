@@ -94,7 +94,9 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
     monkeypatch.delitem(sys.modules, "variants", raising=False)
     comparison = load_comparison(path)
     for option in ("model_name_or_path", "dataset_name"):
-        Path(comparison.options.get(option) or load_recipe(comparison.recipe)[option]).mkdir(parents=True)
+        folder = Path(comparison.options.get(option) or load_recipe(comparison.recipe)[option])
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
     seen = set()
     for run in comparison.runs():
         if run.seed == comparison.seeds[0]:
