@@ -479,6 +479,7 @@ def test_metrics_are_logged_under_qtuning(tmp_path, tokenizer, prompt_completion
         "trimmed", "unscorable_samples", "scored_samples", "stale_scores", "stale_share",
         "perplexity_low", "perplexity_high", "entropy_low", "entropy_high", "pool_nll", "pool_entropy",
         "seconds_selecting", "seconds_training",
+        *(f"kept_{what}_{share}" for what in ("samples", "answer_tokens") for share in ("asked", "share")),
     }  # fmt: skip
     assert {key.removeprefix("qtuning/") for key in entry if key.startswith("qtuning/")} == expected
     assert entry["qtuning/pool_samples"] == pytest.approx((16 + 16 + 8) / 3)
