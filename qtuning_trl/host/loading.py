@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import QTuningSFTConfig
+from .errors import cause
 
 
 def load_processing_class(model: Any, args: QTuningSFTConfig) -> Any:
@@ -37,9 +38,8 @@ def load_second_model(
         kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
         second = AutoModelForCausalLM.from_pretrained(name, **kwargs, **trust) if same else None
     except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"`{option}` is {name!r}, which cannot be loaded ({cause}): check the name, or give the folder of a "
+            f"`{option}` is {name!r}, which cannot be loaded ({cause(error)}): check the name, or give the folder of a "
             "local model."
         ) from error
     if second is None:
@@ -77,10 +77,9 @@ def load_scored_model(
         try:
             return cast(PreTrainedModel, PeftModel.from_pretrained(model, adapter))
         except (OSError, ValueError, RuntimeError) as error:
-            cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
             raise ValueError(
-                f"`adapter` is {adapter!r}, which cannot be loaded on {name!r} ({cause}): give a folder or a name that "
-                "holds an adapter_config.json, and the model it was trained on."
+                f"`adapter` is {adapter!r}, which cannot be loaded on {name!r} ({cause(error)}): give a folder or a "
+                "name that holds an adapter_config.json, and the model it was trained on."
             ) from error
     if quantization is None:
         return model

@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config
 
 from .. import demo
 from ..config import QTuningSFTConfig
+from ..host.errors import cause
 
 # Quantized weights have one scale a block, and nested quantization one scale for so many of these.
 NESTED_BLOCK = 256
@@ -40,10 +41,9 @@ def model_config(model_args: ModelConfig, training_args: QTuningSFTConfig) -> Pr
             trust_remote_code=training_args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, whose config.json cannot be had ({cause}): check the name and the "
-            "connection, or give a folder with the model's config.json, which is all that a plan needs."
+            f"`model_name_or_path` is {name!r}, whose config.json cannot be had ({cause(error)}): check the name and "
+            "the connection, or give a folder with the model's config.json, which is all that a plan needs."
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping or config.get_text_config() is not config:
         raise ValueError(

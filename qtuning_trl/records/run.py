@@ -162,7 +162,7 @@ def count_step(
         step.counts["scored_samples"] = len(selection.survivors)
     step.counts["pool_samples"] = sum(map(len, candidates))
     step.counts["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))
-    step.counts["pool_answer_tokens"] = sum(sum(answer_lengths(group)) for group in candidates)
+    step.counts["pool_answer_tokens"] = sum(group.answer_tokens for group in selection.groups)
     step.counts["kept_answer_tokens"] = sum(answer_lengths(selection.survivors))
     for group in selection.groups:
         step.add_selection(group.decided)
@@ -314,18 +314,7 @@ class RunRecord(TrainerCallback, ExportableState):
         counts, seconds = self.totals["counts"], self.totals["seconds"]
         return {
             "steps": self.totals["steps"],
-            "candidates": counts["pool_samples"],
-            "kept": counts["kept_samples"],
-            "sample_ratio_reached": _ratio(counts["kept_samples"], counts["pool_samples"]),
-            "answer_tokens": {
-                "candidates": counts["pool_answer_tokens"],
-                "kept": counts["kept_answer_tokens"],
-                "ratio_reached": _ratio(counts["kept_answer_tokens"], counts["pool_answer_tokens"]),
-            },
-            "quadrants": {name: counts[name] for name in QUADRANTS.values()},
-            "filled": counts["filled"],
-            "filled_by_quadrant": {name: counts[f"filled_{name}"] for name in QUADRANTS.values()},
-            "trimmed": counts["trimmed"],
+            **selected(counts),
             "unscorable": counts["unscorable_samples"],
             "scored": counts["scored_samples"],
             "stale_scores": counts["stale_scores"],
@@ -336,8 +325,30 @@ class RunRecord(TrainerCallback, ExportableState):
         }
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def ratio(part: int, whole: int) -> float | None:
+    """The share of a part; `None` of nothing."""
     return part / whole if whole else None
+
+
+def selected(counts: dict[str, int]) -> dict[str, Any]:
+    """What was kept of what, by the names of `qtuning_summary.json`, from the sums of `COUNTS`."""
+    return {
+        "candidates": counts["pool_samples"],
+        "kept": counts["kept_samples"],
+        "sample_ratio_reached": ratio(counts["kept_samples"], counts["pool_samples"]),
+        "answer_tokens": {
+            "candidates": counts["pool_answer_tokens"],
+            "kept": counts["kept_answer_tokens"],
+            "ratio_reached": ratio(counts["kept_answer_tokens"], counts["pool_answer_tokens"]),
+        },
+        "quadrants": {name: counts[name] for name in QUADRANTS.values()},
+        "filled": counts["filled"],
+        # A record of an earlier version does not say where the fill came from.
+        "filled_by_quadrant": {
+            name: counts[f"filled_{name}"] for name in QUADRANTS.values() if f"filled_{name}" in counts
+        },
+        "trimmed": counts["trimmed"],
+    }
 
 
 def asked_shares(sample_ratio: float, token_ratio: float) -> dict[str, float]:

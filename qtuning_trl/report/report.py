@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from ..records.run import PHASES, QUADRANTS, THRESHOLDS, asked_shares
+from ..records.run import PHASES, QUADRANTS, THRESHOLDS, asked_shares, ratio, selected
 from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader, steps_in_words
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
 
@@ -159,32 +159,14 @@ def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFram
         "steps": len(steps),
         "sample_ratio": config["sample_ratio"],
         "token_ratio": config["token_ratio"],
-        "candidates": total["pool_samples"],
-        "kept": total["kept_samples"],
-        "sample_ratio_reached": _ratio(total["kept_samples"], total["pool_samples"]),
-        "answer_tokens": {
-            "candidates": total["pool_answer_tokens"],
-            "kept": total["kept_answer_tokens"],
-            "ratio_reached": _ratio(total["kept_answer_tokens"], total["pool_answer_tokens"]),
-        },
+        **selected(total),
         "pruned_answers": len(pruned),
-        "token_ratio_reached": _ratio(int(pruned["kept_tokens"].sum()), int(pruned["answer_tokens"].sum())),
-        "quadrants": {quadrant: total[quadrant] for quadrant in QUADRANTS.values()},
-        "filled": total["filled"],
-        # A record of an earlier version does not say where the fill came from.
-        "filled_by_quadrant": {
-            name: total[f"filled_{name}"] for name in QUADRANTS.values() if f"filled_{name}" in total
-        },
+        "token_ratio_reached": ratio(int(pruned["kept_tokens"].sum()), int(pruned["answer_tokens"].sum())),
         "shares_asked": asked_shares(config["sample_ratio"], config["token_ratio"]),
-        "trimmed": total["trimmed"],
         "distinct_samples": int(samples[SAMPLE_ID].nunique()),
         "distinct_kept": int(samples.loc[samples["kept"], SAMPLE_ID].nunique()),
         "seconds": {phase: float(steps[f"seconds_{phase}"].sum()) for phase in PHASES},
     }
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 def _groups(samples: "pd.DataFrame") -> list[dict[str, Any]]:

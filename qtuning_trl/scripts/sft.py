@@ -27,6 +27,7 @@ from ..data import load_data, map_columns, pick_split, recognize
 from ..early import check_early
 from ..files import refuse_unusable_files
 from ..host.checkpoints import checkpoint_to_resume, explained_if_full
+from ..host.errors import cause
 from ..recipes import Parsed, RecipeParser
 from ..values import refuse_missing_extras
 
@@ -200,10 +201,9 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
             name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, which cannot be loaded ({cause}): check the name and the connection "
-            "(`hf auth login` for gated models), or give the folder of a local model."
+            f"`model_name_or_path` is {name!r}, which cannot be loaded ({cause(error)}): check the name and the "
+            "connection (`hf auth login` for gated models), or give the folder of a local model."
         ) from error
     return name
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import demo
+from ..host.errors import cause
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,11 +64,6 @@ def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]
             "the Hub and a connection to it (`hf auth login` for gated models)."
         ) from error
     return name, named_base
-
-
-def cause(error: Exception) -> str:
-    """The first sentence of an error, without its period."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def same_model(name: str, other: str) -> bool:
