@@ -1,6 +1,7 @@
 """`qtuning plan`: counts on fake tensors are those of real ones; settings that fit; bad input."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -477,5 +478,6 @@ def test_the_gpu_measurement_runs():
 def test_the_gpu_script_says_that_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([Path(__file__).parent / "gpu" / "run.sh"], capture_output=True, text=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([Path(__file__).parent / "gpu" / "run.sh"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (2, "tests/gpu/run.sh: there is no GPU.\n")
