@@ -22,6 +22,11 @@ README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
 # In the order of the page.
 NAMES = (
+    "smollm2_gsm8k",
+    "smollm2_gsm8k_swapped",
+    "smollm2_squad",
+    "smollm2_seconds",
+    "smollm2_rates",
     "sums_2_tokens",
     "sums_4_tokens",
     "gsm8k_tokens",
@@ -40,17 +45,11 @@ NAMES = (
     "sums_2_more_garbled_variants",
     "sums_4_pools",
 )
-# Columns of the README's table: comparison, figure, heading.
-README_COLUMNS = (
-    ("sums_2_tokens", "accuracy", "sums of two digits, accuracy"),
-    ("sums_4_tokens", "accuracy", "sums of four digits, accuracy"),
-    ("gsm8k_tokens", "eval_loss", "GSM8K's text, held-out loss"),
-)
-README_TOKENS = 0.125  # of the answer tokens, asked for
-# What the README shows of them: both readings of the method, random, and the best rivals; the page has all rows.
+# The README's table: the study of the real model, and what it shows of it; the page has all rows.
+README_STUDY, README_SWAPPED = "smollm2_gsm8k", "smollm2_gsm8k_swapped"
 README_ROWS = (
-    ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "Q4 alone", "perplexity_middle + hardest", "random + rho1",
-    "infobatch + none", "excess + none", "random + none", "random + hardest",
+    ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "random + none", "random + hardest", "random + uncertain",
+    "q_tuning + none", "perplexity_middle + none",
 )  # fmt: skip
 
 INTRODUCTION = """# Results
@@ -85,9 +84,7 @@ def page(contents: dict[str, dict[str, Any]]) -> str:
     parts = [INTRODUCTION]
     for name, content in contents.items():
         parts.append(markdown(rows_from_json(content), f"{content['title']} ({name})"))
-        kinds = kinds_table(content)
-        if kinds:
-            parts.append(kinds)
+        parts += [table for table in (figures_table(content), kinds_table(content)) if table]
     return "\n".join(parts)
 
 
@@ -113,28 +110,53 @@ def kinds_table(content: dict[str, Any]) -> str | None:
     return "\n".join(lines) + "\n"
 
 
-def readme_table(contents: dict[str, dict[str, Any]]) -> str:
-    """The README's table: full data, and every pruner at an eighth of the answer tokens, on each task."""
-    tables = {
-        name: {
-            row["pruner"]: row for row in rows_from_json(content) if row.get("tokens_asked") in (None, README_TOKENS)
-        }
-        for name, content in contents.items()
-    }
-    columns = [column for column in README_COLUMNS if column[0] in tables]
-    first = tables[columns[0][0]]
+def figures_table(content: dict[str, Any]) -> str | None:
+    """Whatever else was measured, means over seeds; `None` if nothing was."""
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in content["runs"]:
+        figures = {name: value for name, value in (run.get("figures") or {}).items() if not name.startswith("eval_")}
+        if figures:
+            figures["CPU seconds"] = run["cpu_seconds"]
+            measured.setdefault((run["pruner"], run["budget"]), []).append(figures)
+    if not measured:
+        return None
+    names = list(next(iter(measured.values()))[0])
     lines = [
-        f"| samples + tokens | samples | answer tokens | {' | '.join(heading for _, _, heading in columns)} |",
-        f"|{'---|' * (len(columns) + 3)}",
+        "What else was measured, means over seeds (shares, and nats a token):", "",
+        f"| pruner | budget | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * (len(names) + 2)}",
+    ]  # fmt: skip
+    for (pruner, budget), runs in measured.items():
+        means = {name: sum(run[name] for run in runs) / len(runs) for name in names}
+        cells = [f"{means[name]:.0f}" if name == "CPU seconds" else f"{means[name]:.3f}" for name in names]
+        lines.append(f"| {pruner} | {budget} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_table(contents: dict[str, dict[str, Any]]) -> str:
+    """The README's table: the real model, and how it ends on the same data with a fifth of the answers swapped."""
+    study, swapped = contents[README_STUDY], contents.get(README_SWAPPED)
+    tables = [{row["pruner"]: row for row in rows_from_json(content)} for content in (study, swapped or {"rows": []})]
+    lines = [
+        "| samples + tokens | answer tokens | CPU seconds | held-out loss | final answers: greedy | sampled "
+        "| loss, 20% of the answers swapped |",
+        f"|{'---|' * 7}",
     ]
     for pruner in README_ROWS:
-        row = first[pruner]
-        shares = ["-" if row[name] is None else f"{row[name]:.1%}" for name in ("kept_samples", "kept_tokens")]
-        cells = [shown(tables[name].get(pruner, {}).get(metric), metric) for name, metric, _ in columns]
-        lines.append(f"| {pruner} | {' | '.join([*shares, *cells])} |")
-    seeds = [min(len(row["seeds"]) for row in tables[name].values()) for name, _, _ in columns]
-    counts = f"{seeds[0]} seeds" if len(set(seeds)) == 1 else f"seeds ({', '.join(map(str, seeds))} by column)"
-    lines += ["", f"Mean and half of the 95% interval over {counts}; shares are those of the first task."]
+        row = tables[0][pruner]
+        runs = [run for run in study["runs"] if run["pruner"] == pruner]
+        sampled = Estimate.of([run["figures"]["sampled_accuracy"] for run in runs])
+        cells = [
+            "-" if row["kept_tokens"] is None else f"{row['kept_tokens']:.1%}",
+            f"{sum(run['cpu_seconds'] for run in runs) / len(runs):.0f}",
+            shown(row["eval_loss"], "eval_loss"),
+            shown(row["accuracy"], "accuracy"),
+            shown(sampled, "accuracy"),
+            shown(tables[1].get(pruner, {}).get("eval_loss"), "eval_loss"),
+        ]
+        lines.append(f"| {pruner} | {' | '.join(cells)} |")
+    seeds = [len(row["seeds"]) for name, row in tables[0].items() if name in README_ROWS and name != ZERO_SHOT]
+    counts = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    lines += ["", f"Mean and half of the 95% interval over {counts} seeds, losses in nats a token."]
     return "\n".join(lines)
 
 
