@@ -11,6 +11,7 @@ PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_smollm2_gsm8
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 
 FOLDER = Path("runs/lab/smollm2")  # where the comparisons look for the data, from the root of a clone
 LONGEST = 140  # tokens of a question and its answer, for speed
-TEST_ROWS, OTHER_ROWS = 96, 32
+TEST_ROWS, OTHER_ROWS = 64, 16
+PARTS = ("prompt", "completion")
+BATCH_SIZE = 8
 TITLES = 4  # articles of SQuAD that are held out
 MARK = "####"  # GSM8K's final answers follow it
 TEMPERATURES = (0.7, 0.5)
@@ -33,22 +36,23 @@ def gsm8k(trainer: Any) -> dict[str, float]:
     Returns:
         `dict`: `accuracy`, the share of rows all of whose tokens there are the model's first choice;
         `sampled_accuracy`, the mean probability of sampling them all at temperature 1, and `sampled_accuracy_T` at
-        lower ones; `entropy`, of the model's next word, the mean over all tokens of the answers, in nats; and the losses
-        of [`others`].
+        lower ones; `entropy`, of the model's next word, the mean over all tokens of the answers, in nats; and
+        the losses of [`others`].
     """
     tokenizer = trainer.processing_class
+    rows = [
+        (row["input_ids"], next(i for i, label in enumerate(row["labels"]) if label != -100))
+        for row in trainer.eval_dataset
+    ]
     greedy: list[bool] = []
     sampled: dict[float, list[float]] = {1.0: [], **{temperature: [] for temperature in TEMPERATURES}}
     entropies = []
-    for row in trainer.eval_dataset:
-        ids = torch.tensor(row["input_ids"])
-        first = row["completion_mask"].index(1)
-        end = len(ids) - 1 if int(ids[-1]) == tokenizer.eos_token_id else len(ids)
-        start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
-        logits = _logits(trainer, ids[:end], first)
+    for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True):
         log_probs = logits.log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
-        logits, answer = logits[start - first :], ids[start:end]
+        end = len(ids) - 1 if ids[-1] == tokenizer.eos_token_id else len(ids)
+        start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
+        logits, answer = logits[start - first : end - first], torch.tensor(ids[start:end])
         greedy.append(bool((logits.argmax(dim=-1) == answer).all()))
         for temperature, found in sampled.items():
             chosen = (logits / temperature).log_softmax(dim=-1).gather(1, answer[:, None])
@@ -58,7 +62,7 @@ def gsm8k(trainer: Any) -> dict[str, float]:
         "sampled_accuracy": sum(sampled[1.0]) / len(greedy),
         **{f"sampled_accuracy_{t}": sum(sampled[t]) / len(greedy) for t in TEMPERATURES},
         "entropy": float(torch.cat(entropies).mean()),
-        **others(trainer),
+        **others(trainer, ("instructions", "squad")),
     }
 
 
@@ -67,11 +71,11 @@ def squad(trainer: Any) -> dict[str, float]:
     Answers to the held-out questions, generated up to the end of the line.
 
     Returns:
-        `dict`: `accuracy` (exact match) and `f1` of greedy answers, `sampled_accuracy` and `sampled_f1` at temperature 1
-        (SQuAD's metric, the best of the reference answers); and the losses of [`others`].
+        `dict`: `accuracy` (exact match) and `f1` of greedy answers, `sampled_accuracy` and `sampled_f1` at
+        temperature 1 (SQuAD's metric as in lm-eval, the best of the reference answers); and the losses of [`others`].
     """
+    from lm_eval.tasks.super_glue.record.t5_utils import squad_em_agg, squad_f1_agg
     from transformers import set_seed
-    from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
     tokenizer, model = trainer.processing_class, trainer.model
     model.eval()
@@ -80,49 +84,64 @@ def squad(trainer: Any) -> dict[str, float]:
     for prefix, sample in (("", False), ("sampled_", True)):
         set_seed(0)
         exact, f1 = [], []
-        for batch in (rows[i : i + 8] for i in range(0, len(rows), 8)):
+        for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
             inputs = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True, padding_side="left")
             with torch.no_grad(), trainer.accelerator.autocast():
                 ids = model.generate(
-                    **inputs.to(model.device), do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
-                    max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id,
+                    **inputs.to(model.device),
+                    do_sample=sample,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=NEW_TOKENS,
+                    pad_token_id=tokenizer.pad_token_id,
                 )
-            for row, text in zip(batch, tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], True), strict=True):
+            for row, text in zip(
+                batch, tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], True), strict=True
+            ):
                 said = text.strip().split("\n")[0]
-                exact.append(max(compute_exact(answer, said) for answer in row["answers"]))
-                f1.append(max(compute_f1(answer, said) for answer in row["answers"]))
-        figures[f"{prefix}accuracy"], figures[f"{prefix}f1"] = sum(exact) / len(rows), sum(f1) / len(rows)
-    return figures | others(trainer)
+                # Its items are a prediction, and a reference after the number of its question.
+                pairs = [(said, "0_" + answer.replace("_", " ")) for answer in row["answers"]]
+                exact.append(squad_em_agg(pairs))
+                f1.append(squad_f1_agg(pairs))
+        figures[f"{prefix}accuracy"], figures[f"{prefix}f1"] = float(sum(exact)) / len(rows), float(sum(f1)) / len(rows)
+    return figures | others(trainer, ("instructions", "gsm8k"))
 
 
-def others(trainer: Any) -> dict[str, float]:
+def others(trainer: Any, names: tuple[str, ...]) -> dict[str, float]:
     """
     What is forgotten, and what is learned for other tasks.
 
     Returns:
-        `dict`: For each file of `others/` the loss of its answers, in nats a token.
+        `dict`: For each of these files of `others/` the loss of its answers, in nats a token.
     """
     tokenizer = trainer.processing_class
     losses = {}
-    for path in sorted((FOLDER / "others").glob("*.jsonl")):
-        total, tokens = 0.0, 0
-        for row in read_rows(path):
-            prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-            logits = _logits(trainer, torch.tensor(prompt + answer), len(prompt))
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
-            tokens += len(answer)
-        losses[f"loss_on_{path.stem}"] = total / tokens
+    for name in names:
+        rows = []
+        for row in read_rows(FOLDER / "others" / f"{name}.jsonl"):
+            prompt, answer = (tokenizer(row[part], add_special_tokens=False)["input_ids"] for part in PARTS)
+            rows.append((prompt + answer, len(prompt)))
+        answers = [
+            torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="none")
+            for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True)
+        ]
+        losses[f"loss_on_{name}"] = float(torch.cat(answers).mean())
     return losses
 
 
-def _logits(trainer: Any, ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Logits that predict the tokens from `first` on, in float32."""
+def _logits(trainer: Any, rows: list[tuple[list[int], int]]) -> Iterator[torch.Tensor]:
+    """Of each row (tokens, and where its answer begins) the logits that predict the answer, in float32."""
     model = trainer.model
     model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        output = model(input_ids=ids[None].to(model.device), logits_to_keep=len(ids) - first + 1)
-    return output.logits[0, :-1].float().cpu()
+    for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
+        # Padding on the right, which no token before it sees.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+        begin = min(first for _, first in batch) - 1
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logits = model(input_ids=ids.to(model.device), logits_to_keep=ids.shape[1] - begin).logits
+        for row, (tokens, first) in zip(logits, batch, strict=True):
+            yield row[first - 1 - begin : len(tokens) - 1 - begin].float().cpu()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -162,11 +181,7 @@ def make_data(arguments: argparse.Namespace) -> None:
         "gsm8k": (gsm8k_rows[:TEST_ROWS], gsm8k_rows[TEST_ROWS:]),
         "squad": (
             [row for row in squad_rows if row["title"] in held_out][:TEST_ROWS],
-            [
-                {"prompt": row["prompt"], "completion": row["completion"]}
-                for row in squad_rows
-                if row["title"] not in held_out
-            ],
+            [row for row in squad_rows if row["title"] not in held_out],
         ),
     }
     (arguments.output / "others").mkdir(parents=True, exist_ok=True)
