@@ -76,10 +76,10 @@ class QTuningSFTConfig(SFTConfig):
         default="q_tuning",
         metadata={
             "help": "Which answer tokens of the survivors stay: `'q_tuning'`, as its authors coded it "
-            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'rho1'`, `'token_cleaning'` (both "
-            "need `reference_model`), `'fastv'`, `'sparsevlm'` (both need eager attention), `'none'` (all), or a "
-            "registered one of your own. Q-Tuning's samples with Q-Tuning's tokens prune Q2 alone, as in the paper; "
-            "other tokens prune all survivors."
+            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'uncertain'`, `'rho1'`, "
+            "`'token_cleaning'` (both need `reference_model`), `'fastv'`, `'sparsevlm'` (both need eager attention), "
+            "`'none'` (all), or a registered one of your own. Q-Tuning's samples with Q-Tuning's tokens prune Q2 "
+            "alone, as in the paper; other tokens prune all survivors."
         },
     )
     score_column: str | None = field(

@@ -25,7 +25,8 @@ ENDS = [f"{axis}_{part}" for axis in ("entropy", "perplexity") for part in ("hig
 CODE = ["q_tuning_code", "longest_code", "entropy_code"]  # the authors' (tests/test_authors_code.py)
 SAMPLES = ["q_tuning", "random", "longest", *ENDS, "excess", "infobatch", "column", *CODE, "none"]
 TOKENS = [
-    "q_tuning", "random", "easiest", "hardest", "rho1", "token_cleaning", "fastv", "sparsevlm", "q_tuning_code", "none",
+    "q_tuning", "random", "easiest", "hardest", "uncertain", "rho1", "token_cleaning", "fastv", "sparsevlm",
+    "q_tuning_code", "none",
 ]  # fmt: skip
 RANKED_TOGETHER = ("rho1", "token_cleaning")
 
@@ -61,7 +62,7 @@ def make_answers(samples: int, positions: int, ratio: float, seed: int) -> Answe
         protected=mask & (torch.rand(mask.shape, generator=generator) < 0.1),
         token_ratio=ratio,
         generator=generator,
-        nll=values(), reference_nll=values(), base_nll=values(),
+        nll=values(), entropy=values(), reference_nll=values(), base_nll=values(),
         attention=lambda layer: list(torch.rand((samples, positions + 1, positions + 1), generator=generator).tril()),
         embeddings=lambda: list(torch.randn((samples, positions + 1, 4), generator=generator)),
     )  # fmt: skip
@@ -292,6 +293,7 @@ PAIRS = [
     ("longest_code", "hardest", {"token_budget": "pool"}),
     ("entropy_code", "easiest", {"token_budget": "pool", "token_pruning": "drop"}),
     ("q_tuning", "hardest", {}),
+    ("random", "uncertain", {}),
     ("random", "q_tuning", {}),
     ("longest", "random", {"token_pruning": "drop"}),
     ("entropy_high", "rho1", {}),
@@ -408,6 +410,7 @@ def test_another_seed_and_another_step_draw_other_samples(pruned_trainer):
         ("longest", "none", 0),
         ("column", "none", 0),
         ("random", "hardest", 8),
+        ("random", "uncertain", 8),
         ("random", "q_tuning", 8),
         ("entropy_low", "easiest", 16),
         ("none", "easiest", 16),
@@ -429,6 +432,30 @@ def test_a_pruner_costs_the_forwards_it_needs_and_no_more(pruned_trainer, sample
     assert sum(count) == forwards
     of_the_model_itself = forwards - 8 if tokens == "rho1" else 0 if tokens == "token_cleaning" else forwards
     assert trainer.summary()["scored"] == of_the_model_itself
+
+
+@pytest.mark.parametrize("samples", ["random", "perplexity_middle"])  # the survivors are scored, or have been
+def test_uncertain_tokens_are_those_that_the_model_is_least_sure_of(pruned_trainer, samples):
+    """Against naive logits, whatever the label is."""
+    trainer = pruned_trainer(samples, "uncertain", max_steps=1, max_grad_norm=0.0)
+    prune_tokens, seen = trainer.selector.prune_tokens, []
+
+    def remember(selection, answers):
+        after = prune_tokens(selection, answers)
+        seen.extend(zip(selection.survivors, after.survivors, answers[0].protected, strict=True))
+        return after
+
+    trainer.selector.prune_tokens = remember
+    trainer.train()
+    assert len(seen) == 8
+    for before, after, protected in seen:
+        with torch.no_grad():
+            logits = tiny_llama()(torch.from_numpy(before.input_ids)[None]).logits[0, :-1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        answer, kept = (torch.from_numpy(sample.labels[1:] != -100) for sample in (before, after))
+        assert int(kept.sum()) == max(1, int(0.5 * answer.sum()))
+        free = protected[: len(answer)].logical_not()
+        assert entropy[kept & free].min() >= entropy[answer & ~kept & free].max()
 
 
 def test_reference_and_base_losses_are_those_of_their_models(pruned_trainer, reference_dir):

@@ -45,7 +45,7 @@ SAMPLE_NEEDS = {
     "weights": "the losses of its survivors are weighted",
 }
 TOKEN_NEEDS = {
-    "scores": "`nll`: of the sample pruner's forward, otherwise a gradient-free forward over the survivors",
+    "scores": "`nll` and `entropy`: of the sample pruner's forward, otherwise one without gradients over the survivors",
     "reference": "`reference_nll`: a forward of `reference_model` over the survivors",
     "base": "`base_nll`: a forward over the survivors of the model as it was before fine-tuning",
     "marked": "only the survivors that the sample pruner marks, Q-Tuning's those on Q2's side; otherwise all survivors",
@@ -75,6 +75,7 @@ _TOKEN_PRUNERS = {
     "random": Pruner(tokens.random),
     "easiest": Pruner(tokens.easiest, ("scores",)),
     "hardest": Pruner(tokens.hardest, ("scores",)),
+    "uncertain": Pruner(tokens.uncertain, ("scores",)),
     "rho1": Pruner(tokens.rho1, ("scores", "reference")),
     "token_cleaning": Pruner(tokens.token_cleaning, ("base", "reference")),
     "fastv": Pruner(tokens.fastv, ("attention",)),

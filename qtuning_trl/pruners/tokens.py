@@ -34,7 +34,8 @@ class Answers:
         gather (`Callable`): Takes a value, and returns those of all processes whose candidates are compared.
         process (`int`): Place of this process among them.
         neighbor_weight (`float`): lambda of eq. 7.
-        nll (`Tensor` of shape `(samples, positions)`, float64, *optional*): Of the model that is trained, in nats.
+        nll, entropy (`Tensor` of shape `(samples, positions)`, float64, *optional*): Of the model that is trained:
+            `-log p(token)`, and the entropy of the distribution that the token was predicted from, in nats.
         reference_nll, base_nll (`Tensor` of shape `(samples, positions)`, float64, *optional*): Of `reference_model`,
             and of the model before fine-tuning, in nats.
         attention (`Callable`, *optional*): Takes the number of a layer, from 0; returns, for each sample, its attention
@@ -57,6 +58,7 @@ class Answers:
     process: int = 0
     neighbor_weight: float = 0.5
     nll: Tensor | None = None
+    entropy: Tensor | None = None
     reference_nll: Tensor | None = None
     base_nll: Tensor | None = None
     attention: Callable[[int], list[Tensor]] | None = None
@@ -114,6 +116,17 @@ def hardest(answers: Answers) -> Tensor:
     """The highest perplexity (Q-Tuning's baseline "PPL", as the authors' code has it: trainer.py:1065-1077)."""
     assert answers.nll is not None
     return answers.keep_lowest(-answers.nll)
+
+
+def uncertain(answers: Answers) -> Tensor:
+    """
+    The highest predictive entropy: where the model does not know what comes next (as for the 20% of tokens that
+    reinforcement learning is restricted to by Wang et al., 2025, arXiv 2506.01939).
+
+    The label has no say: a wrong one is not chosen for being wrong, nor a right one left out for being expected.
+    """
+    assert answers.entropy is not None
+    return answers.keep_lowest(-answers.entropy)
 
 
 def rho1(answers: Answers) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -65,14 +65,14 @@ class Selection:
         groups (`list[Group]`): The candidates.
         survivors (`list[Sample]`): Those kept, group by group; whole after stage 1.
         to_prune (`list[int]`): Indices of the survivors whose answer tokens stage 2 prunes.
-        nll (`Tensor` of shape `(len(to_prune), positions)`, float64, *optional*): Theirs, in nats, if stage 1 scored
-            them.
+        token_values (`dict`): `nll` and `entropy` of their answer tokens, `Tensor` of shape `(len(to_prune),
+            positions)`, float64, in nats; empty if stage 1 has not scored them.
     """
 
     groups: list[Group]
     survivors: list[Sample]
     to_prune: list[int]
-    nll: Tensor | None = None
+    token_values: dict[str, Tensor] = field(default_factory=dict)
 
     def by_group(self) -> Iterator[tuple[Group, list[Sample]]]:
         """Each group with its survivors."""
@@ -116,7 +116,7 @@ class Selector:
             state (`TrainerState`): Of the run.
         """
         selection = Selection([], [], [])
-        nll: list[Tensor] = []
+        scored: dict[str, list[Tensor]] = {"nll": [], "entropy": []}
         for number, (candidates, (samples, values)) in enumerate(zip(drawn, pool.parts(), strict=True)):
             columns = self._columns(samples, values, state)
             decided = self._select(columns, len(candidates), number, state)
@@ -129,10 +129,11 @@ class Selector:
             for index in decided.keep.nonzero().flatten().tolist():
                 if prune[index]:
                     selection.to_prune.append(len(selection.survivors))
-                    nll += [] if values is None else [values.nll[index]]
+                    for name, rows in scored.items():
+                        rows += [] if values is None else [getattr(values, name)[index]]
                 weight = 1.0 if decided.weight is None else float(decided.weight[index])
                 selection.survivors.append(replace(samples[index], weight=weight))
-        return replace(selection, nll=torch.stack(nll) if nll else None)
+        return replace(selection, token_values={name: torch.stack(rows) for name, rows in scored.items() if rows})
 
     def _columns(self, samples: list[Sample], values: TokenValues | None, state: TrainerState) -> dict[str, Tensor]:
         """What is known of each sample of a group, as [`pruners.Pool`] takes it."""
@@ -210,7 +211,7 @@ class Selector:
             state (`TrainerState`): Of the run.
         """
         samples = [selection.survivors[index] for index in selection.to_prune]
-        values = self._values(model, samples, selection.nll, batch_tokens, state)
+        values = self._values(model, samples, selection.token_values, batch_tokens, state)
         generator = self._generator(state, self.accelerator.process_index, 0, 1)
         answers: list[Answers] = []
         first = start = 0
@@ -222,26 +223,33 @@ class Selector:
         return answers
 
     def _values(
-        self, model: PreTrainedModel, samples: list[Sample], nll: Tensor | None, batch_tokens: int, state: TrainerState
+        self,
+        model: PreTrainedModel,
+        samples: list[Sample],
+        scored: dict[str, Tensor],
+        batch_tokens: int,
+        state: TrainerState,
     ) -> dict[str, Tensor]:
-        """Per-token values of the samples that the token pruner needs; `nll`, if stage 1 has scored them."""
+        """Per-token values of the samples that the token pruner needs; `scored`, what stage 1 knows of them."""
         needs = self.args.token_needs
         values: dict[str, Tensor] = {}
 
-        def forward(scoring_model: PreTrainedModel) -> Tensor:
-            nll = self.scorer.forward_all(scoring_model, samples, list(range(len(samples))), batch_tokens).nll
-            refuse_diverged(nll.isfinite().all(dim=1), self.args, state)
-            return nll
+        def forward(scoring_model: PreTrainedModel) -> TokenValues:
+            values = self.scorer.forward_all(scoring_model, samples, list(range(len(samples))), batch_tokens)
+            refuse_diverged(values.nll.isfinite().all(dim=1), self.args, state)
+            return values
 
         if "scores" in needs and "scores" not in self.sample_pruner.needs:
-            values["nll"] = forward(self.scorer.scoring_model(model))
+            of_model = forward(self.scorer.scoring_model(model))
+            values |= {"nll": of_model.nll, "entropy": of_model.entropy}
         elif "scores" in needs:
-            values["nll"] = torch.zeros((0, 0), dtype=torch.float64) if nll is None else nll
+            nothing = torch.zeros((0, 0), dtype=torch.float64)
+            values |= scored or {"nll": nothing, "entropy": nothing}
         if self.reference is not None:
-            values["reference_nll"] = forward(self.reference)
+            values["reference_nll"] = forward(self.reference).nll
         if "base" in needs:
             with nullcontext() if self.base is not None else cast(PeftModel, model).disable_adapter():
-                values["base_nll"] = forward(self.base or model)
+                values["base_nll"] = forward(self.base or model).nll
         return values
 
     def _answers_of(
