@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 FOLDER = Path("runs/lab/smollm2")  # where the comparisons look for the data, from the root of a clone
-LONGEST = 140  # tokens of a question and its answer, for speed
-TEST_ROWS, OTHER_ROWS = 64, 16
+LONGEST = 110  # tokens of a question and its answer, for speed
+TEST_ROWS, OTHER_ROWS = 48, 16
 PARTS = ("prompt", "completion")
 BATCH_SIZE = 8
 TITLES = 4  # articles of SQuAD that are held out
