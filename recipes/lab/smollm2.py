@@ -2,7 +2,8 @@
 The real model's study: its data, and what is measured on held-out rows beside their loss.
 
 ```bash
-python recipes/lab/smollm2.py --gsm8k train.jsonl --model FOLDER --output runs/lab/smollm2
+python recipes/lab/smollm2.py --gsm8k gsm8k.jsonl --squad squad.jsonl --instructions instructions.jsonl \
+  --model FOLDER --output runs/lab/smollm2
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_smollm2_gsm8k.yaml
 ```
 """
@@ -10,65 +11,199 @@ PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_smollm2_gsm8
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LONGEST = 140  # tokens of a question and its answer, for speed
-TEST_ROWS = 96
+FOLDER = Path("runs/lab/smollm2")  # where the comparisons look for the data, from the root of a clone
+LONGEST = 110  # tokens of a question and its answer, for speed
+TEST_ROWS, OTHER_ROWS = 48, 16
+PARTS = ("prompt", "completion")
+BATCH_SIZE = 8
+TITLES = 4  # articles of SQuAD that are held out
 MARK = "####"  # GSM8K's final answers follow it
+TEMPERATURES = (0.7, 0.5)
+NEW_TOKENS = 16  # SQuAD's answers are shorter
 
 
-def final_answers(trainer: Any) -> dict[str, float]:
+def gsm8k(trainer: Any) -> dict[str, float]:
     """
-    Of each held-out row the final answer, given the true reasoning: the tokens after `####`, the end token left out.
+    Of each held-out row the final answer, given the true reasoning: the tokens after `####`, the end token left out;
+    and what is forgotten.
 
     Returns:
-        `dict`: `accuracy`, the share of rows all of whose tokens there are the model's first choice; and
-        `sampled_accuracy`, the mean probability of sampling them all at temperature 1.
+        `dict`: `accuracy`, the share of rows all of whose tokens there are the model's first choice;
+        `sampled_accuracy`, the mean probability of sampling them all at temperature 1, and `sampled_accuracy_T` at
+        lower ones; `entropy`, of the model's next word, the mean over all tokens of the answers, in nats; and
+        the losses of [`others`].
     """
-    model, tokenizer = trainer.model, trainer.processing_class
-    model.eval()
-    greedy, sampled = [], []
-    for row in trainer.eval_dataset:
-        ids = torch.tensor(row["input_ids"])
-        end = len(ids) - 1 if int(ids[-1]) == tokenizer.eos_token_id else len(ids)
-        start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
-        with torch.no_grad(), trainer.accelerator.autocast():
-            logits = model(input_ids=ids[None, :end].to(model.device)).logits[0, start - 1 : end - 1].float().cpu()
+    tokenizer = trainer.processing_class
+    rows = [
+        (row["input_ids"], next(i for i, label in enumerate(row["labels"]) if label != -100))
+        for row in trainer.eval_dataset
+    ]
+    greedy: list[bool] = []
+    sampled: dict[float, list[float]] = {1.0: [], **{temperature: [] for temperature in TEMPERATURES}}
+    entropies = []
+    for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True):
         log_probs = logits.log_softmax(dim=-1)
-        answer = ids[start:end]
-        greedy.append(bool((log_probs.argmax(dim=-1) == answer).all()))
-        sampled.append(float(log_probs.gather(1, answer[:, None]).sum().exp()))
-    return {"accuracy": sum(greedy) / len(greedy), "sampled_accuracy": sum(sampled) / len(sampled)}
+        entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        end = len(ids) - 1 if ids[-1] == tokenizer.eos_token_id else len(ids)
+        start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
+        logits, answer = logits[start - first : end - first], torch.tensor(ids[start:end])
+        greedy.append(bool((logits.argmax(dim=-1) == answer).all()))
+        for temperature, found in sampled.items():
+            chosen = (logits / temperature).log_softmax(dim=-1).gather(1, answer[:, None])
+            found.append(float(chosen.sum().exp()))
+    return {
+        "accuracy": sum(greedy) / len(greedy),
+        "sampled_accuracy": sum(sampled[1.0]) / len(greedy),
+        **{f"sampled_accuracy_{t}": sum(sampled[t]) / len(greedy) for t in TEMPERATURES},
+        "entropy": float(torch.cat(entropies).mean()),
+        **others(trainer, ("instructions", "squad")),
+    }
 
 
-def make_data(path: Path, model: str, folder: Path) -> None:
-    """Rows of GSM8K that are short enough, as `prompt` and `completion`: clean, and with 20% of the answers swapped."""
+def squad(trainer: Any) -> dict[str, float]:
+    """
+    Answers to the held-out questions, generated up to the end of the line.
+
+    Returns:
+        `dict`: `accuracy` (exact match) and `f1` of greedy answers, `sampled_accuracy` and `sampled_f1` at
+        temperature 1 (SQuAD's metric as in lm-eval, the best of the reference answers); and the losses of [`others`].
+    """
+    from lm_eval.tasks.super_glue.record.t5_utils import squad_em_agg, squad_f1_agg
+    from transformers import set_seed
+
+    tokenizer, model = trainer.processing_class, trainer.model
+    model.eval()
+    rows = read_rows(FOLDER / "squad" / "test.jsonl")
+    figures: dict[str, float] = {}
+    for prefix, sample in (("", False), ("sampled_", True)):
+        set_seed(0)
+        exact, f1 = [], []
+        for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
+            inputs = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True, padding_side="left")
+            with torch.no_grad(), trainer.accelerator.autocast():
+                ids = model.generate(
+                    **inputs.to(model.device),
+                    do_sample=sample,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=NEW_TOKENS,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            for row, text in zip(
+                batch, tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], True), strict=True
+            ):
+                said = text.strip().split("\n")[0]
+                # Its items are a prediction, and a reference after the number of its question.
+                pairs = [(said, "0_" + answer.replace("_", " ")) for answer in row["answers"]]
+                exact.append(squad_em_agg(pairs))
+                f1.append(squad_f1_agg(pairs))
+        figures[f"{prefix}accuracy"], figures[f"{prefix}f1"] = float(sum(exact)) / len(rows), float(sum(f1)) / len(rows)
+    return figures | others(trainer, ("instructions", "gsm8k"))
+
+
+def others(trainer: Any, names: tuple[str, ...]) -> dict[str, float]:
+    """
+    What is forgotten, and what is learned for other tasks.
+
+    Returns:
+        `dict`: For each of these files of `others/` the loss of its answers, in nats a token.
+    """
+    tokenizer = trainer.processing_class
+    losses = {}
+    for name in names:
+        rows = []
+        for row in read_rows(FOLDER / "others" / f"{name}.jsonl"):
+            prompt, answer = (tokenizer(row[part], add_special_tokens=False)["input_ids"] for part in PARTS)
+            rows.append((prompt + answer, len(prompt)))
+        answers = [
+            torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="none")
+            for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True)
+        ]
+        losses[f"loss_on_{name}"] = float(torch.cat(answers).mean())
+    return losses
+
+
+def _logits(trainer: Any, rows: list[tuple[list[int], int]]) -> Iterator[torch.Tensor]:
+    """Of each row (tokens, and where its answer begins) the logits that predict the answer, in float32."""
+    model = trainer.model
+    model.eval()
+    for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
+        # Padding on the right, which no token before it sees.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+        begin = min(first for _, first in batch) - 1
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logits = model(input_ids=ids.to(model.device), logits_to_keep=ids.shape[1] - begin).logits
+        for row, (tokens, first) in zip(logits, batch, strict=True):
+            yield row[first - 1 - begin : len(tokens) - 1 - begin].float().cpu()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_data(arguments: argparse.Namespace) -> None:
+    """
+    Rows that are short enough, as `prompt` and `completion`: of GSM8K and SQuAD, each clean and with 20% of the answers
+    swapped; instructions in the model's own chat template.
+    """
     from transformers import AutoTokenizer
 
     from qtuning_trl.demo.lab import corrupted, write_splits
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [
-        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
-        for row in rows
-        if len(tokenizer(f"Question: {row['question']}\nAnswer: {row['answer']}")["input_ids"]) <= LONGEST
-    ]
-    random.Random(0).shuffle(rows)
-    test, train = rows[:TEST_ROWS], rows[TEST_ROWS:]
-    test = [{**row, "kind": "clean"} for row in test]
-    write_splits(folder / "gsm8k", corrupted(train, 0, 0.0, 0.0), test)
-    write_splits(folder / "gsm8k_swapped", corrupted(train, 0, 0.2, 0.0), test)
-    print(f"{len(train)} rows to train on, {len(test)} held out, in {folder}")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    def length(row: dict[str, Any]) -> int:
+        return len(tokenizer(row["prompt"] + row["completion"])["input_ids"])
+
+    def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [row for row in rows if length(row) <= LONGEST]
+        random.Random(0).shuffle(rows)
+        return rows
+
+    gsm8k_rows = short(
+        [
+            {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+            for row in read_rows(arguments.gsm8k)
+        ]
+    )
+    squad_rows = short(read_rows(arguments.squad))
+    titles = sorted({row["title"] for row in squad_rows})
+    held_out = set(random.Random(0).sample(titles, TITLES))
+    splits = {
+        "gsm8k": (gsm8k_rows[:TEST_ROWS], gsm8k_rows[TEST_ROWS:]),
+        "squad": (
+            [row for row in squad_rows if row["title"] in held_out][:TEST_ROWS],
+            [row for row in squad_rows if row["title"] not in held_out],
+        ),
+    }
+    (arguments.output / "others").mkdir(parents=True, exist_ok=True)
+    for name, (test, train) in splits.items():
+        test = sorted(({**row, "kind": "clean"} for row in test), key=length)  # batches of alike lengths pad little
+        write_splits(arguments.output / name, corrupted(train, 0, 0.0, 0.0), test)
+        write_splits(arguments.output / f"{name}_swapped", corrupted(train, 0, 0.2, 0.0), test)
+        print(f"{name}: {len(train)} rows to train on, {len(test)} held out")
+    instructions = []
+    for row in read_rows(arguments.instructions):
+        asked = [{"role": "user", "content": f"{row['instruction']}\n{row['input']}".strip()}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        instructions.append({"prompt": prompt, "completion": row["output"] + "<|im_end|>"})
+    for name, rows in (("instructions", short(instructions)), *((name, test) for name, (test, _) in splits.items())):
+        text = "".join(json.dumps(row) + "\n" for row in rows[:OTHER_ROWS])
+        (arguments.output / "others" / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the data of the real model's study.")
-    parser.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's training split, as JSON lines")
+    for name in ("gsm8k", "squad", "instructions"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"{name}, as JSON lines")
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True, help="folder for the data")
-    arguments = parser.parse_args()
-    make_data(arguments.gsm8k, arguments.model, arguments.output)
+    make_data(parser.parse_args())
