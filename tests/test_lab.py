@@ -1,13 +1,19 @@
 """The laboratory: its data, its comparisons, and the page made of their results."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from conftest import tiny_llama
+from datasets import Dataset
+from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
@@ -18,6 +24,10 @@ from qtuning_trl.scripts import compare, sft
 from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
 
 REPOSITORY = Path(__file__).parents[1]
+# Where Q-Tuning has rows of other names, or none.
+WITHOUT_Q_TUNING = tuple(
+    f"compare_{name}" for name in ("sums_4_pools", "sums_2_stop", "smollm2_rates", "smollm2_seconds")
+)
 COMPARISONS = sorted((REPOSITORY / "recipes" / "lab").glob("compare_*.yaml"))
 
 
@@ -103,9 +113,77 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
             compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (20, 32, 40, 60, 100)
+            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 100, 240)
     assert ("full data", "100x100") in seen
-    assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in ("compare_sums_4_pools", "compare_sums_2_stop")
+    assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in WITHOUT_Q_TUNING
+
+
+@pytest.fixture
+def smollm2(tmp_path, monkeypatch):
+    """The study's module; its data are two other rows, and three of SQuAD's to answer."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "recipes" / "lab"))
+    module = importlib.import_module("smollm2")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "MARK", "=")
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
+    others = [{"prompt": "a b ?", "completion": " c d"}, {"prompt": "e ?", "completion": " f"}]
+    rows = {"others/instructions": others, "others/squad": others[:1], "others/gsm8k": others[1:]}
+    rows["squad/test"] = [{"prompt": f"{word} ?", "answers": ["unsaid"]} for word in ("a b", "c", "d")]
+    for name, content in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return module
+
+
+def log_probs_of(model, ids: list[int], first: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, first - 1 : len(ids) - 1].log_softmax(dim=-1)
+
+
+def test_the_studys_figures_are_those_of_naive_logits(smollm2, tmp_path, tokenizer):
+    rows = [{"prompt": f"{n} + 1 ?", "completion": f" so {n} + 1 = {n + 1}", "kind": "clean"} for n in range(8)]
+    trainer = make_trainer(tmp_path / "run", tokenizer, Dataset.from_list(rows), eval_strategy="no")
+    figures, model = smollm2.gsm8k(trainer), tiny_llama()
+    right, sampled, halved, entropies = [], [], [], []
+    for row in trainer.eval_dataset:
+        ids = row["input_ids"]
+        first = next(place for place, label in enumerate(row["labels"]) if label != -100)
+        log_probs = log_probs_of(model, ids, first)
+        entropies += (-(log_probs.exp() * log_probs).sum(dim=-1)).tolist()
+        answer = [ids.index(tokenizer.convert_tokens_to_ids("=")) + 1, len(ids) - 1]  # without the end token
+        places = range(answer[0] - first, answer[1] - first)
+        right.append(all(int(log_probs[place].argmax()) == ids[first + place] for place in places))
+        sampled.append(sum(float(log_probs[place, ids[first + place]]) for place in places))
+        sharper = (2 * log_probs).log_softmax(dim=-1)
+        halved.append(sum(float(sharper[place, ids[first + place]]) for place in places))
+    assert figures["accuracy"] == sum(right) / 8
+    assert figures["sampled_accuracy"] == pytest.approx(sum(map(math.exp, sampled)) / 8, rel=1e-4)
+    assert figures["sampled_accuracy_0.5"] == pytest.approx(sum(map(math.exp, halved)) / 8, rel=1e-4)
+    assert figures["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    losses = []
+    for prompt, completion in (("a b ?", " c d"), ("e ?", " f")):
+        prompt, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
+        log_probs = log_probs_of(model, prompt + completion, len(prompt))
+        losses += [-float(row[token]) for row, token in zip(log_probs, completion, strict=True)]
+    assert figures["loss_on_instructions"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert figures["loss_on_squad"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-4)
+
+
+def test_squads_answers_are_those_that_the_model_writes(smollm2, tmp_path, tokenizer, monkeypatch):
+    rows = [{"prompt": "a ?", "completion": " b"}] * 8
+    trainer = make_trainer(tmp_path / "run", tokenizer, Dataset.from_list(rows), eval_strategy="no")
+    assert smollm2.squad(trainer)["accuracy"] == 0.0
+    path, said = tmp_path / "squad" / "test.jsonl", []
+    for row in smollm2.read_rows(path):
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        new = trainer.model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        said.append({**row, "answers": ["unsaid", tokenizer.decode(new, skip_special_tokens=True).strip()]})
+    said[2]["answers"] = ["unsaid"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in said))
+    figures = smollm2.squad(trainer)
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert figures["f1"] == pytest.approx(2 / 3)
 
 
 def test_the_results_page_is_what_the_committed_results_make():

@@ -25,6 +25,7 @@ BATCH_SIZE = 8
 TITLES = 4  # articles of SQuAD that are held out
 MARK = "####"  # GSM8K's final answers follow it
 TEMPERATURES = (0.7, 0.5)
+GREEDY = {"do_sample": False}
 NEW_TOKENS = 16  # SQuAD's answers are shorter
 
 
@@ -89,16 +90,12 @@ def squad(trainer: Any) -> dict[str, float]:
             with torch.no_grad(), trainer.accelerator.autocast():
                 ids = model.generate(
                     **inputs.to(model.device),
-                    do_sample=sample,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
+                    **({"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else GREEDY),
                     max_new_tokens=NEW_TOKENS,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            for row, text in zip(
-                batch, tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], True), strict=True
-            ):
+            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, text in zip(batch, texts, strict=True):
                 said = text.strip().split("\n")[0]
                 # Its items are a prediction, and a reference after the number of its question.
                 pairs = [(said, "0_" + answer.replace("_", " ")) for answer in row["answers"]]
