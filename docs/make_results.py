@@ -121,9 +121,10 @@ def figures_table(content: dict[str, Any]) -> str | None:
     if not measured:
         return None
     names = list(next(iter(measured.values()))[0])
+    headings = ["pruner", "budget", *(name.replace("_", " ") for name in names)]
     lines = [
         "What else was measured, means over seeds (shares, and nats a token):", "",
-        f"| pruner | budget | {' | '.join(name.replace('_', ' ') for name in names)} |", f"|{'---|' * (len(names) + 2)}",
+        f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}",
     ]  # fmt: skip
     for (pruner, budget), runs in measured.items():
         means = {name: sum(run[name] for run in runs) / len(runs) for name in names}
