@@ -1,5 +1,5 @@
 """
-Make `docs/results.md`, and the README's table, from the committed results of comparisons.
+Make `docs/results.md`, and the README's table and picture, from the committed results of comparisons.
 
 ```bash
 qtuning compare --config recipes/lab/compare_sums_2.yaml
@@ -19,6 +19,7 @@ from qtuning_trl.studies.compare import FULL_DATA, ZERO_SHOT, Estimate, markdown
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "results" / "lab"
 README = DOCS.parent / "README.md"
+PICTURE = DOCS / "smollm2_seconds.png"
 BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
 # In the order of the page.
 NAMES = (
@@ -161,6 +162,29 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
+    """Held-out loss against the time it took: the study's runs, and its longer ones at equal seconds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for name in (README_STUDY, "smollm2_seconds"):
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for run in contents.get(name, {"runs": []})["runs"]:
+            if run["pruner"] != ZERO_SHOT:
+                runs.setdefault(run["pruner"], []).append(run)
+        for pruner, of_row in runs.items():
+            seconds, loss = ([run[key] for run in of_row] for key in ("cpu_seconds", "eval_loss"))
+            mean, spread = sum(loss) / len(loss), (max(loss) - min(loss)) / 2
+            x = sum(seconds) / len(seconds)
+            method = "tab:orange" if pruner.startswith("q_tuning") else "tab:blue"
+            axes.errorbar(x, mean, yerr=spread, fmt="o", color="black" if pruner == FULL_DATA else method)
+            axes.annotate(pruner, (x, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="CPU seconds of the run, scoring included", ylabel="held-out loss (nats a token)")
+    axes.set_title(contents[README_STUDY]["title"], fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def shown(estimate: Estimate | None, metric: str) -> str:
     """Mean and half-width of the interval."""
     if estimate is None:
@@ -188,6 +212,9 @@ def main() -> int:
         else:
             path.write_text(pages[path], encoding="utf-8")
             print(f"Written: {path}")
+    if not arguments.check:
+        draw_seconds(contents, PICTURE)
+        print(f"Drawn: {PICTURE}")
     return 1 if arguments.check and stale else 0
 
 
