@@ -264,7 +264,7 @@ def test_a_stream_shorter_than_a_step_is_refused(tmp_path, tokenizer, rows, fits
 def test_the_dry_run_says_what_would_be_trained_and_trains_nothing(command, capsys, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(QTuningSFTTrainer, "train", lambda *_: pytest.fail("trained"))
     arguments = command("gaps.jsonl", "base", config=QUESTIONS)
-    sft.run([*arguments, "--dry-run", "--budget", "25x50"])
+    sft.run([*arguments, "--dry-run", "--budget", "25x50", "--scoring_batch_tokens", "2048"])
     printed = capsys.readouterr().out
     assert "Data: 5 rows, 3 of them left out (3 with an empty answer); 1 step of 2 candidates, about 1" in printed
     assert "Question: one plus one\nAnswer:⟦ two, which is the sum<|im_end|>⟧" in printed
@@ -284,7 +284,8 @@ def test_the_dry_run_goes_to_the_launched_processes(command, monkeypatch):  # no
 
 def test_a_dry_run_shows_three_samples_and_nothing_unusual(tmp_path, tokenizer):
     rows = [{"prompt": "ab", "completion": "cdefgh"}] * 64
-    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), per_device_train_batch_size=8)
+    options = {"per_device_train_batch_size": 8, "scoring_batch_tokens": 256}
+    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), **options)
     drawn = torch.get_rng_state()
     text = describe(trainer)
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -357,6 +357,7 @@ def trainer_of(model_dir, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = ["--model_name_or_path", model_dir, "--dataset_name", str(tmp_path / "rows.jsonl"), "--use_cpu", "true"]
     common += ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--budget", "25x50"]
+    common += ["--scoring_batch_tokens", "256"]  # what is not given is looked for, which takes its time
 
     def make(*options: str):
         argv = [*common, *OPTIONS, *options]
@@ -384,6 +385,7 @@ def test_the_plan_of_a_trainer_is_that_of_its_recipe(trainer_of, options):
     assert "fits a card with 6 GB; a step takes" in line
     assert "does not fit this card with 0.1 GiB" in one_line(replace(own, card=0.1, verdict={"0.1": "does not fit"}))
     assert "fits this card with 8 GiB" in one_line(replace(own, card=8.0, verdict={"8": "fits"}))
+    assert "is tight on this card with 8 GiB" in one_line(replace(own, card=8.0, verdict={"8": "tight"}))
 
 
 def test_a_trainer_that_cannot_be_counted_says_why_in_one_line(trainer_of):
@@ -396,7 +398,7 @@ def test_a_trainer_that_cannot_be_counted_says_why_in_one_line(trainer_of):
 
 
 def test_packed_and_streamed_rows_are_measured_too(tmp_path):
-    args = QTuningSFTConfig(str(tmp_path), max_length=16)
+    args = QTuningSFTConfig(str(tmp_path), max_length=16, use_cpu=True, bf16=False)
     packed = {"input_ids": list(range(9)), "labels": [-100, 1, 2, -100, 4, 5, 6, 7, 8], "seq_lengths": [3, 6]}
     lengths = prepared_lengths(Dataset.from_list([packed, {**packed, "input_ids": list(range(9))}]), args)
     # Of the two documents the first tokens are not predicted, whether they are labelled or not.

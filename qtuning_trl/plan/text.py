@@ -61,7 +61,8 @@ def one_line(plan: Plan) -> str:
     memory, time = plan.memory, plan.time
     fitting = [size for size, answer in plan.verdict.items() if answer == "fits"]
     if plan.card is not None:
-        card = f"{plan.verdict[f'{plan.card:g}']} on this card with {plan.card:g} GiB".replace("fits on", "fits")
+        answer = plan.verdict[f"{plan.card:g}"]
+        card = f"{'is tight on' if answer == 'tight' else answer} this card with {plan.card:g} GiB"
     elif fitting:
         card = f"fits a card with {fitting[0]} GB"
     else:
