@@ -1,4 +1,4 @@
-"""`qtuning sft --dry-run`: what a run would be trained on, said before it starts."""
+"""`qtuning sft --dry-run`: what a run would be trained on, and what it needs, said before it starts."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ def prepared_rows(trainer: "QTuningSFTTrainer") -> int | None:
 
 def describe(trainer: "QTuningSFTTrainer") -> str:
     """
-    What a trainer would train on, as text.
+    What a trainer would train on, and what that takes, as text.
 
     Args:
         trainer ([`QTuningSFTTrainer`]): Not trained yet; nothing of it is changed, and nothing drawn.
     """
+    from .plan.beside import plan_line  # which takes its time to import, and training does without
+
     check, args, rows = trainer.data_check, trainer.args, prepared_rows(trainer)
     lines = [one_line(check, args, rows)]
     if len(check.answer_lengths):
@@ -36,6 +38,7 @@ def describe(trainer: "QTuningSFTTrainer") -> str:
     lines.append(
         f"Budget: {args.sample_ratio:.4g} of the samples, {args.token_ratio:.4g} of the tokens that are pruned."
     )
+    lines.append(plan_line(trainer))
     found = unusual(check, args, rows)
     lines += [f"Unusual: {sentence}" for sentence in found] or ["Nothing unusual."]
     tokenizer = trainer._tokenizer

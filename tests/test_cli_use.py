@@ -15,6 +15,7 @@ from test_cli import recipe, refusal, run  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtuning_trl import cli, recipe_files
+from qtuning_trl.plan.recipes import recipe_paths
 from qtuning_trl.recipe_files import find_recipe, load_recipe, shipped_names
 from qtuning_trl.scripts import completion, sft
 from qtuning_trl.scripts.merge import merge
@@ -42,15 +43,23 @@ def test_a_misspelt_recipe_is_suggested(tmp_path, monkeypatch, capsys):
     assert line.endswith("(No such file or directory), did you mean 'smollm2-1.7b-lora'?")
 
 
-def test_recipes_are_listed_with_card_model_and_data(capsys):
+def test_recipes_are_listed_with_card_planned_peak_model_and_data(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0] for line in lines if line}
     parts = {"base", "qlora", "paper/base", "paper/table2"}
     assert set(shipped_names()) - parts <= listed
-    (line,) = (line for line in lines if line.startswith("smollm2-1.7b-qlora "))
-    assert "GB" in line
-    assert line.split()[-2:] == ["HuggingFaceTB/SmolLM2-1.7B", "TIGER-Lab/MathInstruct"]
+    table = (ROOT / "recipes" / "README.md").read_text().splitlines()
+    for name, model in (("smollm2-1.7b-qlora", "SmolLM2-1.7B"), ("paper/smollm2-1.7b-mathinstruct", "SmolLM2-1.7B")):
+        (line,) = (line for line in lines if line.startswith(f"{name} "))
+        (row,) = (row for row in table if row.startswith(f"| `{name}` "))
+        peak = row.split("|")[3].strip()  # `qtuning plan --recipes` wrote it
+        assert line.split()[-4:-2] == [peak, "GiB"]
+        assert line.split()[-2:] == [f"HuggingFaceTB/{model}", "TIGER-Lab/MathInstruct"]
+    planned = {line.split()[0] for line in lines if " GiB " in line}
+    assert planned == {
+        str(path.relative_to(ROOT / "recipes").with_suffix("")) for path in recipe_paths(ROOT / "recipes")
+    }
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-qlora", "paper/mistral-7b-wizardlm", "demo", "data/openhermes"])

@@ -1,10 +1,12 @@
 """What is left out of a training set, cut off or unusual is counted and said: before every training, by --dry-run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import prompt_completion_rows, tiny_llama
 from datasets import Dataset
 from test_data_shapes import byte_models, command, refusal  # noqa: F401 (fixtures)
@@ -262,11 +264,14 @@ def test_a_stream_shorter_than_a_step_is_refused(tmp_path, tokenizer, rows, fits
 def test_the_dry_run_says_what_would_be_trained_and_trains_nothing(command, capsys, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(QTuningSFTTrainer, "train", lambda *_: pytest.fail("trained"))
     arguments = command("gaps.jsonl", "base", config=QUESTIONS)
-    sft.run([*arguments, "--dry-run", "--budget", "25x50"])
+    sft.run([*arguments, "--dry-run", "--budget", "25x50", "--scoring_batch_tokens", "2048"])
     printed = capsys.readouterr().out
     assert "Data: 5 rows, 3 of them left out (3 with an empty answer); 1 step of 2 candidates, about 1" in printed
     assert "Question: one plus one\nAnswer:⟦ two, which is the sum<|im_end|>⟧" in printed
     assert "Unusual: 1 of 2 candidates is kept" in printed
+    assert re.search(
+        r"Plan, counted for a GPU and not measured: [\d.]+ GiB at the peak .*, fits a card with 6 GB", printed
+    )
     assert not (tmp_path / "run" / "qtuning_summary.json").exists()
 
 
@@ -279,8 +284,11 @@ def test_the_dry_run_goes_to_the_launched_processes(command, monkeypatch):  # no
 
 def test_a_dry_run_shows_three_samples_and_nothing_unusual(tmp_path, tokenizer):
     rows = [{"prompt": "ab", "completion": "cdefgh"}] * 64
-    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), per_device_train_batch_size=8)
+    options = {"per_device_train_batch_size": 8, "scoring_batch_tokens": 256}
+    trainer = make_trainer(tmp_path, tokenizer, Dataset.from_list(rows), **options)
+    drawn = torch.get_rng_state()
     text = describe(trainer)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert text.count("⟦") == 3 + 3  # three samples, each after a line that explains the marks
     assert "Nothing unusual." in text
     assert "Answers: 7 to 7 tokens" in text

@@ -76,10 +76,11 @@ def command(byte_models, tmp_path, monkeypatch):
 
 @pytest.fixture
 def samples(command):
-    """The samples of a dry run, with what is labelled between marks, by the real command."""
+    """The samples that a dry run shows, with what is labelled between marks, by the real command's trainer."""
 
     def run(data: str, model: str, **changes) -> list[str]:
-        trainer = sft.main(*sft.parse(command(data, model, dry_run=True, **changes)).dataclasses)
+        trainer = sft.build_trainer(*sft.parse(command(data, model, **changes)).dataclasses)
+        trainer.end()
         return [marked(split_documents(row)[0], trainer._tokenizer) for row in trainer.train_dataset]
 
     return run

@@ -1,5 +1,6 @@
 """The pages: all are in the index, each says for whom it is, no line of prose is too long, no link leads nowhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "README.md")
+NOTEBOOK = DOCS / "quickstart.ipynb"
 MOST_CHARACTERS = 120
+MOST_LINES = 120  # of the README
 
 
 def prose(path: Path) -> list[str]:
@@ -34,3 +37,39 @@ def test_lines_can_be_read_and_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_notebook_ships_without_outputs_and_its_links_lead_somewhere():
+    """`pytest --nbmake docs/quickstart.ipynb` runs it, as `.ci/run` and the README's command do."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["outputs"] for cell in code] == [[]] * len(code)
+    assert {cell["execution_count"] for cell in code} == {None}
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    pages = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert pages
+    assert all((DOCS / page).exists() for page in pages)
+
+
+def test_whoever_runs_the_tests_runs_the_notebook():
+    for path in (".ci/run", ".github/workflows/ci.yml", "README.md"):
+        assert "--nbmake tests docs/quickstart.ipynb" in (ROOT / path).read_text(encoding="utf-8"), path
+
+
+def test_links_to_a_section_of_a_page_name_one_that_it_has():
+    missing = []
+    for page in [*PAGES, DOCS / "README.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)\s]+#[^)\s]+)\)", page.read_text(encoding="utf-8")):
+            file, _, section = target.partition("#")
+            if "://" in target or not file.endswith(".md"):
+                continue
+            text = (page.parent / file).read_text(encoding="utf-8")
+            heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            if section not in slugs:
+                missing.append(f"{page.name}: {target}")
+    assert not missing

@@ -50,6 +50,15 @@ def test_no_module_class_or_function_is_too_long():
     assert not too_long
 
 
+def test_every_module_can_be_imported_on_windows():
+    missing = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for path, tree in SOURCES.items():
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not missing & set(names), path
+
+
 def test_no_modules_import_each_other_in_a_circle():
     graph = {name: imports(path) for name, path in NAMES.items()}
     assert graph["qtuning_trl.trainer"] >= {"qtuning_trl.step.scoring", "qtuning_trl.checks"}, "the reading is right"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import trl.trainer.utils as trl_head
 import yaml
 from conftest import tiny_llama
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -29,19 +31,22 @@ from transformers import (
 )
 from trl import get_peft_config
 
+from qtuning_trl.config import QTuningSFTConfig
 from qtuning_trl.host.head import lean_lm_head
 from qtuning_trl.host.ledger import Ledger
 from qtuning_trl.host.loop import without_checkpointing
 from qtuning_trl.plan import counting, plan
+from qtuning_trl.plan.beside import Facts, plan_line
 from qtuning_trl.plan.counting import Batch, CountedModel, FakeRun
 from qtuning_trl.plan.fit import fit, recipe_lines, write_recipe
-from qtuning_trl.plan.lengths import Lengths
+from qtuning_trl.plan.lengths import Lengths, prepared_lengths
 from qtuning_trl.plan.model import model_config
 from qtuning_trl.plan.plan import GIB, verdict
 from qtuning_trl.plan.recipes import END, START, named_card, recipe_paths, update_readme
-from qtuning_trl.plan.text import TABLE_CARDS, describe
+from qtuning_trl.plan.text import TABLE_CARDS, describe, one_line
 from qtuning_trl.plan.timing import Budget, Cost, Costs, StepShape, step_time
 from qtuning_trl.plan.trainer import stand_in_trainer
+from qtuning_trl.scripts import sft
 from qtuning_trl.scripts.plan import make_planner, parse, recipe_planner
 from qtuning_trl.scripts.sft import make_parser
 
@@ -340,6 +345,66 @@ def test_a_plan_says_what_it_does_not_count(small_dir):
     assert "CUDA context" in text
     assert "fragmentation" in text
     assert "rows of `max_length` assumed" in text
+
+
+# The plan of a trainer, for the dry run
+
+
+@pytest.fixture
+def trainer_of(model_dir, tmp_path):
+    """The trainer of `qtuning sft`, not trained, and the options that it was made of."""
+    rows = [{"prompt": "a" * (4 + i % 5), "completion": "b" * 8} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ["--model_name_or_path", model_dir, "--dataset_name", str(tmp_path / "rows.jsonl"), "--use_cpu", "true"]
+    common += ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--budget", "25x50"]
+    common += ["--scoring_batch_tokens", "256"]  # what is not given is looked for, which takes its time
+
+    def make(*options: str):
+        argv = [*common, *OPTIONS, *options]
+        trainer = sft.build_trainer(*sft.parse(argv).dataclasses)
+        trainer.end()
+        return trainer, argv
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--gradient_checkpointing", "false"), ("--load_in_4bit", "true", "--use_bnb_nested_quant", "true")],
+    ids=["free", "four bits"],
+)
+def test_the_plan_of_a_trainer_is_that_of_its_recipe(trainer_of, options):
+    trainer, argv = trainer_of(*options, "--lora_r", "4")
+    facts = pickle.loads(pickle.dumps(Facts.of(trainer)))  # as they go to the other process
+    own, recipes = facts.planner().plan(), make_planner(argv).plan()
+    assert (own.setting, own.memory, own.verdict) == (recipes.setting, recipes.memory, recipes.verdict)
+    assert own.time == pytest.approx(recipes.time, abs=0.01)  # of 40 rows in another order
+    assert own.run == recipes.run
+    line = one_line(own)
+    assert f"{own.memory.bytes / GIB:.2f} GiB at the peak" in line
+    assert "fits a card with 6 GB; a step takes" in line
+    assert "does not fit this card with 0.1 GiB" in one_line(replace(own, card=0.1, verdict={"0.1": "does not fit"}))
+    assert "fits this card with 8 GiB" in one_line(replace(own, card=8.0, verdict={"8": "fits"}))
+    assert "is tight on this card with 8 GiB" in one_line(replace(own, card=8.0, verdict={"8": "tight"}))
+
+
+def test_a_trainer_that_cannot_be_counted_says_why_in_one_line(trainer_of):
+    trainer, _ = trainer_of("--optim", "adafactor")
+    line = "Plan: not counted, since `qtuning plan` says: `optim` is 'adafactor': plan with 'adamw_torch_fused'"
+    assert plan_line(trainer).startswith(line)
+    trainer.args.optim = "adamw_torch"
+    trainer.model.peft_config["default"].rank_pattern = {"q_proj": 2}
+    assert plan_line(trainer).endswith("The LoRA has `rank_pattern`, which is not counted.")
+
+
+def test_packed_and_streamed_rows_are_measured_too(tmp_path):
+    args = QTuningSFTConfig(str(tmp_path), max_length=16, use_cpu=True, bf16=False)
+    packed = {"input_ids": list(range(9)), "labels": [-100, 1, 2, -100, 4, 5, 6, 7, 8], "seq_lengths": [3, 6]}
+    lengths = prepared_lengths(Dataset.from_list([packed, {**packed, "input_ids": list(range(9))}]), args)
+    # Of the two documents the first tokens are not predicted, whether they are labelled or not.
+    assert (lengths.tokens.tolist(), lengths.labelled.tolist(), lengths.longest, lengths.rows) == ([9, 9], [7, 7], 9, 2)
+    stream = prepared_lengths(Dataset.from_list([packed]).to_iterable_dataset(), args)
+    assert (stream.longest, stream.rows) == (16, None)
 
 
 # Bad input

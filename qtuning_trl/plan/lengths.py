@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig
@@ -14,6 +15,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from .. import demo
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split
+from ..step.sample import answer_lengths, split_documents
 
 # Rows whose tokens are counted: the longest by their characters, and others evenly spread over the data.
 LONGEST, SPREAD = 256, 1024
@@ -99,6 +101,23 @@ def data_lengths(
     spread = slice(-SPREAD, None) if len(tokens) > SPREAD else slice(None)
     source = f"{len(tokens):,} of {len(data):,} rows measured" if len(tokens) < len(data) else "all rows measured"
     return Lengths(tokens[spread], labelled[spread], int(tokens.max()), len(data), source)
+
+
+def prepared_lengths(dataset: Any, training_args: QTuningSFTConfig) -> Lengths:
+    """
+    Lengths of the rows of a training set that TRL has prepared; those of [`assumed_lengths`] of a stream.
+
+    Raises:
+        `ValueError`: As [`assumed_lengths`].
+    """
+    if not isinstance(dataset, Dataset):
+        return assumed_lengths(training_args, "the data is a stream")
+    table = dataset.with_format("arrow").select_columns(["input_ids"])
+    parts = [table[start : start + 1000]["input_ids"] for start in range(0, len(dataset), 1000)]
+    tokens = np.concatenate([pc.list_value_length(part).to_numpy() for part in parts])
+    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), SPREAD)).astype(int)
+    labelled = np.array([sum(answer_lengths(split_documents(dataset[int(row)]))) for row in chosen])
+    return Lengths(tokens[chosen], labelled, int(tokens.max()), len(dataset), "those that would be trained on")
 
 
 def _chosen_rows(data: Dataset) -> list[int]:

@@ -45,6 +45,12 @@ def model_config(model_args: ModelConfig, training_args: QTuningSFTConfig) -> Pr
             f"`model_name_or_path` is {name!r}, whose config.json cannot be had ({cause(error)}): check the name and "
             "the connection, or give a folder with the model's config.json, which is all that a plan needs."
         ) from error
+    refuse_uncounted_kinds(config, name)
+    return config
+
+
+def refuse_uncounted_kinds(config: PreTrainedConfig, name: str) -> None:
+    """Raise a `ValueError` if a model of this config, named `name`, is of a kind that cannot be planned for."""
     if type(config) not in AutoModelForCausalLM._model_mapping or config.get_text_config() is not config:
         raise ValueError(
             f"`model_name_or_path` is {name!r}, of the kind {config.model_type!r}: plan for a causal language model "
@@ -55,7 +61,6 @@ def model_config(model_args: ModelConfig, training_args: QTuningSFTConfig) -> Pr
             f"`model_name_or_path` is {name!r}, a mixture of experts, whose tokens go where their values say: plan for "
             "a dense model, or measure a few steps of it on the card, with `--max_steps 3`."
         )
-    return config
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
-from trl import DatasetMixtureConfig, ModelConfig
+from trl import ModelConfig
 
 from ..config import QTuningSFTConfig
 from ..host.ledger import HEAD, Peak
 from ..method import budget_size
 from ..step.memory import MOST_SCORED
 from .counting import Batch, Counted, CountedModel
-from .lengths import Lengths, data_lengths
-from .model import layer_kinds, model_config
+from .lengths import Lengths
+from .model import layer_kinds
 from .timing import Budget, Cost, Costs, StepShape, step_time
 
 GIB = 2**30
@@ -22,6 +22,7 @@ CARDS = (6, 8, 10, 12, 16, 24, 48, 80)
 # Not counted: what CUDA itself and its libraries take, and what fragmentation leaves unusable.
 CUDA_CONTEXT = 0.6 * GIB
 FRAGMENTATION = 0.10
+COUNTED_OPTIMIZERS = ("adamw_torch", "sgd", "adagrad", "rmsprop")
 COUNTED_TIME = "Time is in operations, on rows as long as these; half of the survivors are taken to have tokens pruned."
 NOT_COUNTED = (
     f"Not counted: the CUDA context ({CUDA_CONTEXT / GIB:g} GiB are added), fragmentation ({FRAGMENTATION:.0%} are "
@@ -125,6 +126,26 @@ class Plan:
         return asdict(self) | {"memory": memory}
 
 
+def refuse_uncounted_options(training_args: QTuningSFTConfig, model_args: ModelConfig) -> None:
+    """Raise a `ValueError` if a run has an optimizer, weights or a distribution that are not counted."""
+    if model_args.load_in_8bit:
+        raise ValueError("`load_in_8bit` is true: plan with `load_in_4bit` or without both; 8 bits are not counted.")
+    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
+    if not optimizer.startswith(COUNTED_OPTIMIZERS):
+        raise ValueError(
+            f"`optim` is {optimizer!r}: plan with 'adamw_torch_fused', whose states are larger "
+            "than most, since only PyTorch's own optimizers are counted."
+        )
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(training_args, name, None)]
+    if sharded:
+        refuse_sharded(sharded[0])
+
+
+def refuse_sharded(option: str) -> NoReturn:
+    """Raise the `ValueError` about an option by which several cards share a model."""
+    raise ValueError(f"`{option}` is given: plan without it, for one card that holds the whole model.")
+
+
 def room_of(card: float) -> float:
     """Bytes that a run may count on a card of so many GiB: what the context and fragmentation leave."""
     return (card * GIB - CUDA_CONTEXT) / (1 + FRAGMENTATION)
@@ -161,7 +182,9 @@ class Planner:
     Plans a recipe in any of its settings.
 
     Args:
-        script_args, training_args, model_args, dataset_args: What the recipe says, as `qtuning sft` parses it.
+        config (`PreTrainedConfig`): Of the model.
+        lengths ([`Lengths`]): Of the rows that the run draws.
+        training_args ([`QTuningSFTConfig`]), model_args ([`~trl.ModelConfig`]): What the recipe says.
         processes (`int`): Cards it runs on, each with a model of its own.
         whole (`bool`): Count all layers, not two and three.
 
@@ -171,22 +194,21 @@ class Planner:
 
     def __init__(
         self,
-        script_args: Any,
+        config: PreTrainedConfig,
+        lengths: Lengths,
         training_args: QTuningSFTConfig,
         model_args: ModelConfig,
-        dataset_args: DatasetMixtureConfig,
         processes: int = 1,
         whole: bool = False,
     ):
         self.args, self.model_args, self.processes, self.whole = training_args, model_args, processes, whole
-        self.config: PreTrainedConfig = model_config(model_args, training_args)
-        kinds = layer_kinds(self.config)
+        self.config, self.lengths = config, lengths
+        kinds = layer_kinds(config)
         if len(kinds) > 1 and not whole:
             raise ValueError(
                 f"`model_name_or_path` is {model_args.model_name_or_path!r}, whose layers differ in kind "
                 f"({', '.join(kinds)}): add `--whole`, which counts every layer and takes longer."
             )
-        self.lengths: Lengths = data_lengths(self.config, script_args, training_args, model_args, dataset_args)
         self.flattened = bool(training_args.padding_free or training_args.packing) or "flash" in str(
             model_args.attn_implementation
         )

@@ -56,6 +56,24 @@ def describe(plan: Plan) -> str:
     return "\n".join([*lines, "", *(fill(note, WIDTH) for note in plan.notes)])
 
 
+def one_line(plan: Plan) -> str:
+    """Peak memory, the card that it fits, and the time of a step, as the dry run says them."""
+    memory, time = plan.memory, plan.time
+    fitting = [size for size, answer in plan.verdict.items() if answer == "fits"]
+    if plan.card is not None:
+        answer = plan.verdict[f"{plan.card:g}"]
+        card = f"{'is tight on' if answer == 'tight' else answer} this card with {plan.card:g} GiB"
+    elif fitting:
+        card = f"fits a card with {fitting[0]} GB"
+    else:
+        card = f"fits no card with {TABLE_CARDS[-1]} GB"
+    return (
+        f"Plan, counted for a GPU and not measured: {memory.bytes / GIB:.2f} GiB at the peak (plain SFT "
+        f"{memory.plain_bytes / GIB:.2f}), {card}; a step takes {time['step']:.2f} of the time of plain SFT's "
+        f"(scoring {time['scoring']:.2f}, training {time['training']:.2f})."
+    )
+
+
 def describe_lines(lines: dict[str, Any]) -> str:
     """Lines to put into a recipe."""
     if not lines:

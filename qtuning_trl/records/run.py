@@ -1,7 +1,6 @@
 """What a run counted and how long it took: the logged metrics and `qtuning_summary.json`."""
 
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -55,6 +54,12 @@ def peak_memory() -> dict[str, Any]:
     """Peak memory of this process so far, in bytes: the accelerator's if there is one, else the resident set size."""
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "bytes": torch.cuda.max_memory_allocated()}
+    if sys.platform == "win32":  # which has no `resource`
+        import psutil
+
+        return {"device": "cpu", "bytes": psutil.Process().memory_info().peak_wset}
+    import resource
+
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {"device": "cpu", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

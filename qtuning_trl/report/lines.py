@@ -78,7 +78,7 @@ def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, summa
         f"  qtuning eval {'--adapter' if adapter else '--model'} {output_dir}",
     ]
     if adapter:
-        done.append(f"  qtuning merge {output_dir}  (one model of both, for vLLM, Ollama and others: docs/use.md)")
+        done.append(f"  qtuning merge {output_dir}  (for vLLM, Ollama and others: docs/from_file_to_model.md)")
     return "\n".join(done)
 
 

@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 from ..cli import BAD_INPUT, EPILOG, exit_on_error, take_traceback_flag
 
 SHARDED = ("use_fsdp", "use_deepspeed", "use_megatron_lm", "accelerate_config", "config_file")
-COUNTED_OPTIMIZERS = ("adamw_torch", "sgd", "adagrad", "rmsprop")
 
 
 @dataclass
@@ -104,7 +103,9 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
         `ValueError`: For what cannot be planned, in one sentence.
     """
     from ..files import refuse_data
-    from ..plan.plan import Planner
+    from ..plan.lengths import data_lengths
+    from ..plan.model import model_config
+    from ..plan.plan import Planner, refuse_sharded, refuse_uncounted_options
     from .sft import make_parser as make_recipe_parser
 
     parsed = make_recipe_parser().parse([*argv, *_as_on_cpu(argv)])
@@ -113,24 +114,18 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
         raise ValueError("`model_name_or_path` is not given: name a model of the Hub or the folder of a local one.")
     if script_args.dataset_name or dataset_args.datasets:
         refuse_data(script_args.dataset_name, [vars(entry) for entry in dataset_args.datasets])
-    if model_args.load_in_8bit:
-        raise ValueError("`load_in_8bit` is true: plan with `load_in_4bit` or without both; 8 bits are not counted.")
-    optimizer = str(getattr(training_args.optim, "value", training_args.optim))
-    if not optimizer.startswith(COUNTED_OPTIMIZERS):
-        raise ValueError(
-            f"`optim` is {optimizer!r}: plan with 'adamw_torch_fused', whose states are larger "
-            "than most, since only PyTorch's own optimizers are counted."
-        )
+    refuse_uncounted_options(training_args, model_args)
     launched = [argument.removeprefix("--").partition("=")[0] for argument in parsed.launch_args]
     sharded = [name for name in launched if name in SHARDED]
-    sharded += [name for name in ("fsdp", "deepspeed") if getattr(training_args, name, None)]
     if sharded:
-        raise ValueError(f"`{sharded[0]}` is given: plan without it, for one card that holds the whole model.")
+        refuse_sharded(sharded[0])
     processes = 1
     if "num_processes" in launched:
         arguments = [part for argument in parsed.launch_args for part in argument.split("=", 1)]
         processes = int(arguments[arguments.index("--num_processes") + 1])
-    return Planner(script_args, training_args, model_args, dataset_args, processes, whole)
+    config = model_config(model_args, training_args)
+    lengths = data_lengths(config, script_args, training_args, model_args, dataset_args)
+    return Planner(config, lengths, training_args, model_args, processes, whole)
 
 
 def _as_on_cpu(argv: Sequence[str]) -> list[str]:

@@ -20,6 +20,8 @@ from ..cli import EPILOG
 from ..recipe_files import SHIPPED, find_recipe, load_recipe, shipped_names
 
 CARD = re.compile(r"card with (\d+ GB)")
+# A row of the table that `qtuning plan --recipes` makes: the recipe, its micro-batch, and the peak that is planned.
+PLANNED = re.compile(r"^\| `([^`]+)` \|[^|]+\| ([\d.]+) \|", re.MULTILINE)
 # They name no model: what other recipes build on.
 PARTS = ("base", "qlora", "paper/base")
 TABLES = ("paper/table2",)  # for `qtuning compare`
@@ -50,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def listing() -> str:
-    """A line for each recipe: its name, the card it is meant for, model and data."""
-    rows, data = [("recipe", "card", "model", "data")], [("name", "what it is for")]
+    """A line for each recipe: its name, the card it is meant for, the peak memory of its plan, model and data."""
+    rows, data = [("recipe", "card", "planned peak", "model", "data")], [("name", "what it is for")]
+    peaks = dict(PLANNED.findall((SHIPPED / "README.md").read_text(encoding="utf-8")))
     for name in shipped_names():
         if name.startswith("data/"):
             data.append((name, _first_comment(name).split(". ")[0].rstrip(".")))
@@ -59,8 +62,9 @@ def listing() -> str:
             recipe = load_recipe(SHIPPED / f"{name}.yaml")
             card = CARD.search(_first_comment(name))
             size = card[1] if card else "CPU" if recipe.get("use_cpu") else "-"
-            rows.append((name, size, recipe["model_name_or_path"], recipe["dataset_name"]))
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(3)]
+            peak = f"{peaks[name]} GiB" if name in peaks else "-"
+            rows.append((name, size, peak, recipe["model_name_or_path"], recipe["dataset_name"]))
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(4)]
     lines = ["".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
     width = max(len(name) for name, _ in data) + 2
     about = [f"  {name.ljust(width)}{what}" for name, what in data]

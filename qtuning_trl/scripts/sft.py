@@ -84,7 +84,8 @@ class SFTScriptArguments(QTuningScriptArguments):
         default=False,
         metadata={
             "help": "Whether to stop before training, and print what would be trained on: rows, what is left out and "
-            "cut, three samples with what is labelled marked, candidates and steps, and what is unusual."
+            "cut, three samples with what is labelled marked, candidates and steps, the plan's memory and time, and "
+            "what is unusual."
         },
     )
 
@@ -298,7 +299,8 @@ def finish(trainer: "QTuningSFTTrainer", script_args: QTuningScriptArguments) ->
     if getattr(script_args, "dry_run", False):
         from ..dry_run import describe
 
-        trainer.accelerator.print(describe(trainer))
+        if trainer.is_world_process_zero():
+            print(describe(trainer))
         trainer.end()
     else:
         train(trainer, script_args.dataset_name)
