@@ -338,7 +338,7 @@ def browser(tmp_path, request) -> Iterator:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(CHROMEDRIVER))
-    driver.set_page_load_timeout(60)
+    driver.set_page_load_timeout(180)  # a busy machine takes a while
     yield driver
     driver.quit()
 
