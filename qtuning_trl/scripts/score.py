@@ -369,13 +369,12 @@ class DatasetScorer:
         left_out = len(self.original) - rows
         note = f"; {left_out:,} rows without an answer token are left out" if left_out else ""
         asked, tokens = asked_shares(self.args.sample_ratio, self.args.token_ratio), self.kept_tokens
-        output = self.script_args.output
-        report = f"\nNext:\n  qtuning report {output} --tokenizer {self.model_name}"
+        report = f"\nNext:\n  qtuning report {self.script_args.output} --tokenizer {self.model_name}"
         return (
             f"{rows:,} rows scored ({corners}), {kept:,} kept, {int(decisions.prune_tokens.sum()):,} of them without "
             f"their worst answer tokens{note}. Samples: {kept / max(rows, 1):.2%} (asked: {asked['samples']:.2%}); "
             f"answer tokens: {tokens / max(self.answer_tokens, 1):.2%} (asked: {asked['answer_tokens']:.2%}). "
-            f"Written to {output}{report if self.script_args.columns == 'all' else ''}"
+            f"Written to {self.script_args.output}{report if self.script_args.columns == 'all' else ''}"
         )
 
     def _push(self, result: Dataset) -> None:
