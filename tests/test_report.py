@@ -451,6 +451,7 @@ def test_samples_are_searched_and_filtered(browser, run, tmp_path):
 def test_what_was_kept_is_drawn_over_what_was_dropped(browser, run, tmp_path):
     page, *_ = write_report([run], tmp_path / "a.html")
     open_page(browser, page)
+    browser.find_element("id", "all").click()
     symbols = browser.execute_script("return document.querySelector('.plane').data.map(trace => trace.marker.symbol)")
     assert set(symbols) == {"circle-open", "diamond", "circle"}
     assert symbols == sorted(symbols, key=["circle-open", "diamond", "circle"].index)

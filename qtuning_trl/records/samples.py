@@ -69,7 +69,7 @@ class SampleRecorder(TrainerCallback):
             they are known.
     """
 
-    folder: Path | None = None  # until training begins
+    folder: Path
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class SampleRecorder(TrainerCallback):
         data: Callable[[], dict[str, Any]] = dict,
     ):
         self.record, self.tokenizer, self.data = record, tokenizer, data
+        self._begun = False  # an evaluation before training is logged, too
         self._seen: set[int] = set()
         self._text_tokens = 0
         self._clear()
@@ -132,7 +133,7 @@ class SampleRecorder(TrainerCallback):
     # Events of the trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.folder = Path(args.output_dir, RECORD_NAME)
+        self.folder, self._begun = Path(args.output_dir, RECORD_NAME), True
         self.process = args.process_index
         self._clear()
         self._seen, self._text_tokens = set(), 0
@@ -173,7 +174,7 @@ class SampleRecorder(TrainerCallback):
         temporary.replace(self.folder / LOGS_NAME)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.folder is None or not state.is_world_process_zero:
+        if not self._begun or not state.is_world_process_zero:
             return
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, float | int)}
         own = {name: value for name, value in numbers.items() if not name.startswith("qtuning/")}  # `steps` has these

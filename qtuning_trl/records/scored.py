@@ -53,9 +53,10 @@ class ScoredReader:
         self.says_what_was_pruned = PRUNED in columns and ANSWER_TOKENS in columns
         grouped = group_column in columns and group_column not in ("quadrant", "group")
         self.group_column = group_column if grouped else None
-        ids = self.data.with_format("numpy")[SAMPLE_ID][:] if SAMPLE_ID in columns else None
-        own = ids is not None and np.issubdtype(ids.dtype, np.integer) and len(np.unique(ids)) == len(ids)
-        self.ids = ids.astype(np.int64) if own else np.arange(len(self.data))
+        rows = np.arange(len(self.data))
+        ids = np.asarray(self.data[SAMPLE_ID][:]) if SAMPLE_ID in columns else rows
+        own = np.issubdtype(ids.dtype, np.integer) and len(np.unique(ids)) == len(ids)
+        self.ids = ids.astype(np.int64) if own else rows
         self.row_of = {sample_id: row for row, sample_id in enumerate(self.ids.tolist())}
 
     def samples(self) -> "pd.DataFrame":

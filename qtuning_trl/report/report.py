@@ -142,7 +142,9 @@ def report_data(readers: Sequence[Reader], names: Sequence[str], color_by: str |
         "max_points": MAX_POINTS,
         "max_cards": MAX_CARDS,
         "runs": [
-            (scored_data if isinstance(reader, ScoredReader) else run_data)(reader, name, points, shown)
+            scored_data(reader, name, points, shown)
+            if isinstance(reader, ScoredReader)
+            else run_data(reader, name, points, shown)
             for reader, name in zip(readers, names, strict=True)
         ],
     }
@@ -238,7 +240,7 @@ def _without_folders(name: str) -> str:
 def loss_curves(reader: RecordReader, steps: "pd.DataFrame") -> dict[str, dict[str, list[Any]]]:
     """By what it is of: steps, and nats a token; all that was logged, and means over the scored candidates."""
     logs = reader.logs()
-    curves = {}
+    curves: dict[str, dict[str, list[Any]]] = {}
     for name, key in (("training", "loss"), ("evaluation", "eval_loss")):
         entries = {entry["step"]: number(entry[key]) for entry in logs if isinstance(entry.get(key), float | int)}
         curves[name] = {"step": list(entries), "loss": list(entries.values())}

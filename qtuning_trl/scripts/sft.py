@@ -172,8 +172,8 @@ def build_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    names = [str(part.path) for part in dataset_args.datasets or ()] or [script_args.dataset_name]
-    trainer.dataset_name = ", ".join(name for name in names if name) or None
+    names = [str(part.path) for part in dataset_args.datasets or ()]
+    trainer.dataset_name = ", ".join(names) or script_args.dataset_name
     return trainer
 
 
