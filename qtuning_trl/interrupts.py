@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 128 + signal.SIGINT  # what shells make of a command that Ctrl-C ended
+SIGNALLED = 128  # what shells add to the number of the signal that ended a command
+INTERRUPTED = SIGNALLED + signal.SIGINT
 
 
 def end_in_one_line(*signums: signal.Signals) -> dict[signal.Signals, Any]:
@@ -24,7 +25,7 @@ def end_in_one_line(*signums: signal.Signals) -> dict[signal.Signals, Any]:
         if os.getpid() == owner and os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):
             what = "stopped by Ctrl-C" if signum == signal.SIGINT else f"ended by signal {signum}"
             os.write(2, f"\nqtuning: {what}.\n".encode())  # not by print, which this may have interrupted
-        raise SystemExit(128 + signum)
+        raise SystemExit(SIGNALLED + signum)
 
     return {signum: signal.signal(signum, end) for signum in signums or (signal.SIGINT,)}
 
@@ -54,7 +55,7 @@ def signals_passed_on() -> Iterator[None]:
     def pass_on(signum: int, frame: FrameType | None) -> None:
         children = psutil.Process().children()
         if not children:
-            raise SystemExit(128 + signum)
+            raise SystemExit(SIGNALLED + signum)
         for child in children:
             child.send_signal(signal.SIGTERM if passed else signum)
         passed.append(signum)

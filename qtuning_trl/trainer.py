@@ -99,6 +99,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
 
     args: QTuningSFTConfig
     model: PreTrainedModel
+    dataset_name: str | None = None  # for the record; `qtuning sft` knows it
 
     _tag_names = ["trl", "sft", "qtuning"]  # noqa: RUF012 (a class attribute of the host)
     _name = "Q-Tuning"
@@ -190,10 +191,14 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         self.add_callback(RunRecord)
         self._recorder = None
         if self.args.record and "scores" in self.args.sample_needs:
-            self._recorder = SampleRecorder(lambda: self.run_record, self._tokenizer)
+            self._recorder = SampleRecorder(lambda: self.run_record, self._tokenizer, self._data_facts)
             self.add_callback(self._recorder)
         self.add_callback(PlaneLogger(lambda: self.last_pool, self.callback_handler))
         show_progress(self.callback_handler, lambda: self.run_record)
+
+    def _data_facts(self) -> dict[str, Any]:
+        data: Any = self.train_dataset
+        return {"name": self.dataset_name, "rows": len(data) if hasattr(data, "__len__") else None}
 
     @property
     def run_record(self) -> RunRecord:

@@ -63,10 +63,10 @@ def main() -> None:
     def tables() -> Iterator:
         for part in parts:
             place = slice(part * PART, (part + 1) * PART)
-            documents = scorable_rows(prepared, place)
+            whole = scorable_rows(prepared, place)
             scores, decided = partial.read(part), decisions.rows(place)
-            documents = pruned_rows(documents, scores, decided, pruning)
-            yield finished_rows(documents, scores, decided, original, "all", False)
+            documents = pruned_rows(whole, scores, decided, pruning)
+            yield finished_rows(whole, documents, scores, decided, original, "all", False)
             peaks.append(anonymous_bytes())
 
     features = output_features(original.features, "all")

@@ -4,10 +4,14 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import prompt_completion_rows
@@ -116,6 +120,69 @@ def test_a_run_that_was_ended_by_a_signal_is_told_by_the_exit_status(tmp_path, c
     shown = capfd.readouterr().out
     assert shown.count("ended by signal 9") == 3
     assert "3 of 3 runs were ended by a signal: start again to repeat them." in shown
+
+
+HELD = """
+import os, time
+
+def accuracy(trainer):
+    if trainer.state.global_step and "HOLD" in os.environ:  # not zero-shot, which does not train
+        open(os.environ["HOLD"], "w").close()
+        time.sleep(600)
+    return 0.5
+"""
+
+
+def test_a_signal_ends_the_run_that_is_under_way_and_another_start_finishes_the_grid(tmp_path, config):
+    (tmp_path / "held.py").write_text(HELD)
+    held, folder = tmp_path / "held", tmp_path / "out" / "full-data-100x100-seed-0"
+    command = [sys.executable, "-m", "qtuning_trl", "compare", "--config", config(accuracy="held:accuracy")]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+
+    def processes() -> list[int]:
+        """All that the command has started, at whatever remove."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("MARK") == str(tmp_path) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    for signum, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+        held.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            command,
+            env={**environment, "HOLD": str(held)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda process=process: held.exists() or process.poll() is not None)
+        assert len(processes()) > 2, "the comparison, and the run that is under way"
+        process.send_signal(signum)  # to the comparison alone
+        _, errors = process.communicate(timeout=120)
+        wait_until(lambda: not processes(), 30)
+        assert processes() == []
+        assert process.returncode == status
+        if signum == signal.SIGTERM:
+            assert errors == "\nqtuning: ended by signal 15.\n"
+        assert (folder / "log.txt").read_text().endswith("\nqtuning: ended by signal 15.\n")
+        assert not list(folder.glob("*.json"))
+        assert not list(folder.glob("fail*"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    started = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert started == ["[2/3] full data 100x100 seed 0", "[3/3] mask 25x50 seed 0"]
+    assert len(list(tmp_path.glob(f"out/*/{RESULT_NAME}"))) == 3
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def test_the_plan_is_shown_without_running(tmp_path, config, capsys):

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -170,3 +172,64 @@ def test_importing_the_module_imports_no_matplotlib_and_plotting_no_pyplot():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1: what linear RGB looks like to a viewer without one kind of cone.
+CONES = {
+    "all": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+# Linear sRGB to XYZ.
+XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def lab(colour: str, cones: str) -> np.ndarray:
+    """CIE L*a*b* of a colour `#rrggbb`, as such a viewer sees it."""
+    values = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    xyz = XYZ @ np.clip(np.array(CONES[cones]) @ linear, 0, 1) / XYZ.sum(axis=1)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_colours_are_measured_as_they_look():
+    assert lab("#ffffff", "all") == pytest.approx([100, 0, 0], abs=0.1)
+    assert lab("#ff0000", "all") == pytest.approx([53.2, 80.1, 67.2], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("cones", "least"), [("all", 25), ("protanopia", 20), ("deuteranopia", 20), ("tritanopia", 15)]
+)
+def test_the_colour_blind_tell_the_quadrants_apart(cones, least):
+    """A difference of 2.3 can just be seen; those of Q1 and Q2 were 18 to 33 before, in vermillion and orange."""
+    colours = {number: lab(colour, cones) for number, colour in plots.QUADRANT_COLOURS.items()}
+    apart = {pair: np.linalg.norm(colours[pair[0]] - colours[pair[1]]) for pair in combinations(colours, 2)}
+    assert min(apart.values()) > least, apart
+    assert apart[1, 2] > 80
+
+
+def test_kept_samples_are_drawn_over_dropped_ones_and_over_the_fill(pool):
+    axes = plot_eu_plane(pool).axes[0]
+    order = {}
+    for collection in axes.collections:
+        for x, y in collection.get_offsets():
+            order[float(x), float(y)] = collection.get_zorder()
+    places = list(zip(pool["entropy"], pool["perplexity"], strict=True))
+    rank = {(False, False): 0, (True, True): 1, (True, False): 2}
+    kinds = [rank[kept, filled] for kept, filled in zip(pool["kept"], pool["filled"], strict=True)]
+    assert {0, 2} <= set(kinds)
+    assert [order[place] - min(order.values()) for place in places] == kinds
+
+
+@pytest.mark.parametrize("nats", [(0.5, 2.0), (1.0, 1.001), (1e-4, 5.0), (0.02, 0.021), (1.0, 1.0)])
+def test_axes_have_round_ticks_however_narrow_they_are(pool, nats):
+    loss = np.geomspace(*nats, len(pool["kept"]))
+    pool |= {"perplexity": np.exp(loss).tolist(), "entropy": loss.tolist()}
+    axes = plot_eu_plane(pool).axes[0]
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        inside = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+        labels = [axis.get_major_formatter()(tick) for tick in inside]
+        assert 5 <= len(set(labels)) == len(labels), labels
+        assert max(map(len, labels)) <= 7, labels

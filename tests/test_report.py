@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qtuning_trl import load_record
 from qtuning_trl.cli import main
-from qtuning_trl.records.run import SUMMARY_NAME, THRESHOLDS
-from qtuning_trl.records.samples import RECORD_NAME, SAMPLES, STEPS, TEXTS, Part, RecordReader, write_part
+from qtuning_trl.records.run import QUADRANTS, SUMMARY_NAME, THRESHOLDS
+from qtuning_trl.records.samples import LOGS_NAME, RECORD_NAME, SAMPLES, STEPS, TEXTS, Part, RecordReader, write_part
+from qtuning_trl.report.plane import Decoder
 from qtuning_trl.report.report import report_data, run_data, write_report
 
 NASTY = "<b>bold</b> </script><script>attacked = 1</script><img src=x onerror='attacked = 2'> & caf\u00e9 \u2603"
@@ -53,8 +54,14 @@ def full_run(tmp_path_factory, tokenizer_dir) -> Path:
     return path
 
 
-def synthetic_run(path: Path, samples: int, steps: int, text: Callable[[int], str], group: str = "a") -> Path:
-    """A record as a trainer writes it, of any size: each sample is scored once a step; the last half of it is kept."""
+def synthetic_run(
+    path: Path, samples: int, steps: int, text: Callable[[int], str], group: str = "a", nats: np.ndarray | None = None
+) -> Path:
+    """
+    A record as a trainer writes it, of any size: each sample is scored once a step; the last half of it is kept.
+
+    `nats` are the losses and the entropies of all rows.
+    """
     tokenizer = Tokenizer(
         models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
@@ -70,6 +77,7 @@ def synthetic_run(path: Path, samples: int, steps: int, text: Callable[[int], st
 
     rows = samples * steps
     random = np.random.default_rng(0)
+    loss, entropy = nats if nats is not None else random.lognormal(-1, 1, (2, rows))
     kept = np.arange(rows) % samples >= samples // 2
     ids = [fast(text(index))["input_ids"] for index in range(samples)]
     lengths = np.array([len(tokens) - 1 for tokens in ids] * steps)
@@ -77,8 +85,8 @@ def synthetic_run(path: Path, samples: int, steps: int, text: Callable[[int], st
         "step": np.repeat(np.arange(1, steps + 1), samples),
         "sample_id": np.tile(np.arange(samples), steps),
         "process": np.zeros(rows, dtype=int),
-        "perplexity": np.exp(random.lognormal(-1, 1, rows)),
-        "entropy": random.lognormal(-1, 1, rows),
+        "perplexity": np.exp(loss),
+        "entropy": entropy,
         "quadrant": random.integers(0, 5, rows),
         "kept": kept,
         "reason": ["quadrant"] * rows,
@@ -160,10 +168,10 @@ def test_samples_at_both_ends_carry_their_answers_and_what_was_pruned(run, tmp_p
     frame = load_record(run, as_frame=True)
     rows = prompt_completion_rows(40)
     times = frame.groupby("sample_id").kept.sum()
-    assert {card["kept"] for card in shown["most_kept"]} <= set(times.nlargest(12))
-    assert {card["kept"] for card in shown["least_kept"]} <= set(times.nsmallest(12))
+    assert [card["kept"] for card in shown["cards"]] == times.sort_values(ascending=False).tolist()
+    assert shown["cards_of"] == len(times) == len(shown["cards"])
     struck = 0
-    for card in [*shown["most_kept"], *shown["least_kept"]]:
+    for card in shown["cards"]:
         history = frame[frame.sample_id == card["id"]]
         assert (card["scored"], card["kept"]) == (len(history), history.kept.sum())
         assert card["group"] == rows[card["id"]]["source"]
@@ -177,7 +185,62 @@ def test_samples_at_both_ends_carry_their_answers_and_what_was_pruned(run, tmp_p
             characters = [*rows[card["id"]]["completion"], "</s>"]
             assert pruned == "".join(c for c, keep in zip(characters, mask, strict=True) if not keep)
             struck += 1
+        latest = history.iloc[-1]
+        assert card["pruned"] == (latest.kept and latest.kept_tokens < latest.answer_tokens)
     assert struck > 0
+
+
+def test_of_many_samples_random_ones_and_those_at_both_ends_can_be_searched(tmp_path):
+    run = synthetic_run(tmp_path / "run", samples=300, steps=3, text=lambda index: f"{index} ab")
+    shown = run_data(RecordReader(run), "run", max_cards=50)
+    assert (len(shown["cards"]), shown["cards_of"]) == (50, 300)
+    assert [card["kept"] for card in shown["cards"][:12] + shown["cards"][-12:]] == [3] * 12 + [0] * 12
+
+
+def test_the_loss_and_what_the_run_was_set_up_with_are_shown(tmp_path, tokenizer):
+    rows = Dataset.from_list(prompt_completion_rows(40))
+    options = {"budget": "50x50", "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 2e-3, "logging_steps": 2}
+    trainer = make_trainer(tmp_path, tokenizer, rows, **options)
+    trainer.dataset_name = "/home/me/rows.jsonl"
+    trainer.train()
+    reader = RecordReader(tmp_path)
+    shown = run_data(reader, "run")
+    logged = {key: {e["step"]: e[key] for e in trainer.state.log_history if key in e} for key in ("loss", "eval_loss")}
+    for name, key in (("training", "loss"), ("evaluation", "eval_loss")):
+        assert shown["loss"][name]["step"] == list(logged[key]) == {"loss": [2, 4, 6], "eval_loss": [3, 6]}[key]
+        assert shown["loss"][name]["loss"] == pytest.approx(list(logged[key].values()), rel=1e-4)
+    steps = reader.steps().to_pandas()
+    assert shown["loss"]["candidates"]["loss"] == pytest.approx(steps.pool_nll.tolist(), rel=1e-4)
+    assert shown["settings"][1:] == ["data set rows.jsonl, 40 rows", "learning rate 0.002 (linear)"]
+
+
+def test_the_log_of_a_resumed_run_has_no_line_twice_and_none_that_a_kill_cut_off(tmp_path, tokenizer):
+    rows = Dataset.from_list(prompt_completion_rows(40))
+    options = {"budget": "50x50", "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    make_trainer(tmp_path, tokenizer, rows, **options, max_steps=3).train()
+    with open(tmp_path / RECORD_NAME / LOGS_NAME, "a") as file:
+        file.write('{"step": 3, "lo')
+    assert [entry["step"] for entry in RecordReader(tmp_path).logs() if "loss" in entry] == [1, 2, 3]
+    make_trainer(tmp_path, tokenizer, rows, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["step"] for entry in RecordReader(tmp_path).logs() if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_fill_is_counted_by_quadrant(run):
+    shown, frame = run_data(RecordReader(run), "run"), load_record(run, as_frame=True)
+    summary = json.loads((run / SUMMARY_NAME).read_text())
+    for number, name in QUADRANTS.items():
+        rows = frame[frame.quadrant == number]
+        counts = {"candidates": len(rows), "kept": rows.kept.sum(), "kept_tokens": rows.kept_tokens.sum()}
+        assert shown["quadrants"][name] == {**counts, "filled": summary["filled_by_quadrant"][name]}
+    assert sum(counts["filled"] for counts in shown["quadrants"].values()) > 0
+
+
+def test_a_character_of_several_tokens_goes_with_the_last_of_them(tmp_path):
+    reader = RecordReader(synthetic_run(tmp_path / "run", samples=1, steps=1, text=lambda index: "a\u2603bc"))
+    [(ids, answer)] = reader.texts([0]).values()
+    assert len(ids) == 6, "the snowman takes three"
+    mask = [False, True, True, False, True]
+    assert Decoder(reader).pieces((ids, answer), mask) == ("a", [["\u2603", 0], ["b", 1], ["c", 0]])
 
 
 def test_beyond_the_cap_the_same_samples_are_drawn_at_every_step(tmp_path):
@@ -206,7 +269,7 @@ def test_a_run_that_is_still_going_and_one_that_keeps_everything(run, full_run, 
     first, second = page_data(page)["runs"]
     assert first["state"] == "recorded up to step 6 of 1,000"
     assert first["facts"]["kept"] == 40
-    assert (second["points"], second["windows"], second["most_kept"]) == (None, [], [])
+    assert (second["points"], second["windows"], second["cards"]) == (None, [], [])
     assert second["facts"]["kept"] == second["facts"]["candidates"] == 80
 
 
@@ -235,7 +298,7 @@ def test_the_command_writes_the_page_and_the_pictures(run, full_run, tmp_path, c
 
 def test_bad_input_is_one_sentence(run, tmp_path, capsys):
     for arguments, message in (
-        ([str(tmp_path / "none")], "is no folder: give the `output_dir` of a run"),
+        ([str(tmp_path / "none")], "is not there: give the `output_dir` of a run, or what `qtuning score` wrote"),
         ([str(tmp_path)], "holds no record"),
         ([str(run), "--color_by", "kind"], "`--color_by` is 'kind': choose 'quadrant' or 'source'"),
     ):
@@ -275,7 +338,7 @@ def browser(tmp_path, request) -> Iterator:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(CHROMEDRIVER))
-    driver.set_page_load_timeout(60)
+    driver.set_page_load_timeout(180)  # a busy machine takes a while
     yield driver
     driver.quit()
 
@@ -329,16 +392,113 @@ def test_the_page_shows_what_its_data_says(browser, run, full_run, tmp_path):
     assert drawn_points(browser) == 40
     legend[0].click()
 
-    browser.find_element(By.ID, "play").click()
-    assert browser.find_element(By.ID, "moment").text == "step 1"
-    browser.find_element(By.ID, "play").click()
+    # At once, since it moves on in less than a second.
+    played = "byId('play').click(); const at = byId('moment').textContent; byId('play').click(); return at"
+    assert browser.execute_script(played) == "step 1"
 
     struck = browser.find_elements(By.CSS_SELECTOR, "#extremes del")
-    pruned = [piece for card in first["most_kept"] for piece, kind in card["answer"] if kind == 1]
+    pruned = [piece for card in first["cards"][:12] for piece, kind in card["answer"] if kind == 1]
     assert [element.get_attribute("textContent") for element in struck] == pruned
     browser.find_element(By.CSS_SELECTOR, "#which button[value=least_kept]").click()
-    heads = [head.text for head in browser.find_elements(By.CSS_SELECTOR, "#extremes .head b")]
-    assert heads[0].startswith(f"Sample {first['least_kept'][0]['id']}: kept 0 of ")
+    least = sorted(first["cards"], key=lambda card: (card["kept"], -card["scored"]))
+    assert shown_heads(browser)[0].startswith(f"Sample {least[0]['id']}: kept 0 of ")
+
+
+def shown_heads(browser) -> list[str]:
+    return [head.text for head in browser.find_elements("css selector", "#extremes .head b")]
+
+
+@needs_browser
+def test_samples_are_searched_and_filtered(browser, run, tmp_path):
+    page, *_ = write_report([run], tmp_path / "a.html")
+    [shown] = page_data(page)["runs"]
+    open_page(browser, page)
+
+    def found(**chosen: str) -> list[int]:
+        """Ids shown after these were chosen, all of them."""
+        script = """
+            const chosen = arguments[0];
+            for (const id of ["search", "by-quadrant", "by-outcome", "by-group"]) byId(id).value = chosen[id] ?? "";
+            byId("by-group").dispatchEvent(new Event("change"));
+            for (let more; more = document.querySelector("#extremes .more");) more.click();
+        """
+        browser.execute_script(script, {name.replace("_", "-"): value for name, value in chosen.items()})
+        return [int(re.match(r"Sample (\d+)", head).group(1)) for head in shown_heads(browser)]
+
+    cards = shown["cards"]
+    assert found() == [card["id"] for card in cards]
+    for quadrant in "0124":
+        assert found(by_quadrant=quadrant) == [c["id"] for c in cards if c["history"][-1][1] == int(quadrant)]
+    outcomes = {
+        "dropped": [c["id"] for c in cards if c["history"][-1][2] == 0],
+        "kept": [c["id"] for c in cards if c["history"][-1][2] > 0],
+        "fill": [c["id"] for c in cards if c["history"][-1][2] == 2],
+        "pruned": [c["id"] for c in cards if c["pruned"]],
+        "whole": [c["id"] for c in cards if c["history"][-1][2] > 0 and not c["pruned"]],
+    }
+    assert all(outcomes.values())
+    for name, ids in outcomes.items():
+        assert found(by_outcome=name) == ids, name
+    assert found(by_group="odd") == [c["id"] for c in cards if c["group"] == "odd"]
+    text = cards[20]["prompt"].upper()
+    assert cards[20]["id"] in found(search=text)
+    assert len(found(search=text)) < 5
+    assert found(search="no such text") == []
+    assert found(search=text, by_group={"odd": "even", "even": "odd"}[cards[20]["group"]]) == []
+
+
+@needs_browser
+def test_what_was_kept_is_drawn_over_what_was_dropped(browser, run, tmp_path):
+    page, *_ = write_report([run], tmp_path / "a.html")
+    open_page(browser, page)
+    browser.find_element("id", "all").click()
+    symbols = browser.execute_script("return document.querySelector('.plane').data.map(trace => trace.marker.symbol)")
+    assert set(symbols) == {"circle-open", "diamond", "circle"}
+    assert symbols == sorted(symbols, key=["circle-open", "diamond", "circle"].index)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "ranges",
+    [[(1.0, 0.5)], [(0.001, 0.001)], [(1e-4, 3.0), (1e-4, 3.0)], [(2.0, 0.01), (0.02, 0.01)], [(3.0, 0.0)]],
+    ids=["usual", "narrow", "wide", "two runs far apart", "all alike"],
+)
+def test_axes_have_ticks_that_can_be_read(browser, tmp_path, ranges):
+    """Of nats: the middle of each run's samples, and how far they spread, as the logarithm to base e."""
+    runs = []
+    for place, (middle, spread) in enumerate(ranges):
+        noise = np.random.default_rng(place).normal(0, spread, (2, 100))
+        runs.append(
+            synthetic_run(tmp_path / f"run{place}", 50, 2, lambda index: f"{index}", nats=middle * np.exp(noise))
+        )
+    page, *_ = write_report(runs, tmp_path / "a.html")
+    open_page(browser, page)
+    script = """
+        return [...document.querySelectorAll('.plane')].map(div => ['x', 'y'].map(axis => {
+            const box = label => label.getBoundingClientRect(), data = div.data.flatMap(trace => trace[axis]);
+            const labels = [...div.querySelectorAll(`.${axis}tick text`)];
+            const [low, high] = div._fullLayout[axis + 'axis'].range;
+            const spans = labels.map(l => axis == 'x' ? [box(l).left, box(l).right] : [box(l).top, box(l).bottom]);
+            spans.sort((a, b) => a[0] - b[0]);
+            return {
+                texts: labels.map(label => label.textContent),
+                apart: spans.slice(1).every((span, i) => span[0] > spans[i][1]),
+                inside: data.every(place => low < place && place < high),
+                filled: (Math.max(...data) - Math.min(...data)) / (high - low),
+            };
+        }))
+    """
+    planes = browser.execute_script(script)
+    assert len(planes) == len(ranges)
+    for axes in planes:
+        for axis in axes:
+            assert 4 <= len(axis["texts"]) == len(set(axis["texts"])) <= 8, axis
+            assert max(map(len, axis["texts"])) <= 8, axis
+            assert axis["apart"], axis
+            assert axis["inside"], axis
+            assert axis["filled"] > 0.25 or ranges[0][1] < 0.1, axis  # what is nearly alike does not fill its plane
+    pressed = browser.execute_script("return byId('same').hidden ? null : byId('same').getAttribute('aria-pressed')")
+    assert pressed == {1: None, 2: "false" if ranges[0][0] == 2.0 else "true"}[len(ranges)]
 
 
 @needs_browser

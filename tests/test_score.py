@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qtuning_trl import cli
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
+from qtuning_trl.report.report import open_run, report_data
 from qtuning_trl.scripts import score
 from qtuning_trl.step.sample import Sample
 from qtuning_trl.studies.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
@@ -423,6 +425,37 @@ def test_every_format_holds_the_same_rows(tmp_path, model_dir, data, name, optio
     path = shutil.copy(tmp_path / name, tmp_path / f"copy.{kind}") if kind else tmp_path / name
     assert_same_rows(read(path), read(tmp_path / "scored.parquet"))
     assert sorted(path.name for path in tmp_path.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize("token_pruning", ["mask", "drop"])
+def test_the_report_of_a_result_strikes_out_what_was_pruned(tmp_path, model_dir, data, capsys, token_pruning):
+    path = tmp_path / "scored.parquet"
+    run(model_dir, data, path, "--token_pruning", token_pruning)
+    assert capsys.readouterr().out.endswith(f"Next:\n  qtuning report {path} --tokenizer {model_dir}\n")
+    [shown] = report_data([open_run(path, model_dir)], ["a"])["runs"]
+    result, rows = read(path), read(data)
+    for number in range(5):
+        name = "between" if number == 0 else f"q{number}"
+        assert shown["quadrants"][name]["candidates"] == result["quadrant"][:].count(number)
+    answers = [[*row["completion"], "</s>"] for row in rows]  # a token a character, and the end
+    assert result["answer_tokens"][:] == list(map(len, answers))
+    kept = [sum(label != -100 for label in row["labels"]) if row["keep"] else 0 for row in result]
+    assert shown["facts"]["answer_tokens"]["ratio_reached"] == sum(kept) / sum(map(len, answers))
+    pruned = 0
+    for card in shown["cards"]:
+        whole, left = answers[card["id"]], kept[card["id"]]
+        all_tokens, struck = (
+            re.findall(r"</s>|\S", "".join(piece for piece, kind in card["answer"] if kind in kinds))
+            for kinds in ((0, 1), (1,))
+        )
+        if result[card["id"]]["keep"] and left < len(whole):
+            pruned += 1
+            assert card["tokens"] == [left, len(whole)]
+            taken_out = token_pruning == "drop"
+            assert (len(struck), len(all_tokens)) == ((0, left) if taken_out else (len(whole) - left, len(whole)))
+        else:
+            assert (card["tokens"], all_tokens, struck) == (None, whole, [])
+    assert pruned > 5
 
 
 def test_only_kept_rows_with_the_columns_another_trainer_takes(tmp_path, model_dir, data):

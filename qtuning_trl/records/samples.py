@@ -2,7 +2,8 @@
 The record: what each optimizer step decided about each sample, in Parquet, while the run goes on; and reading it back.
 
     <output_dir>/qtuning_record/
-        run.json                            the run: processes, steps, configuration, versions
+        run.json                            the run: processes, steps, data set, configuration, versions
+        logs.jsonl                          what was logged: a line each (process 0)
         tokenizer/                          so that texts can be read without the model
         part-<process>-<first>-<last>/      the steps `first` to `last` of one process, never changed afterwards
             samples.parquet                 a row per scored sample and step
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..step.selection import Group
 
 RECORD_NAME = "qtuning_record"
+LOGS_NAME = "logs.jsonl"
 FORMAT = 1
 # A part is written when a checkpoint is due, and when one of these is reached: at most this much is lost in a kill.
 FLUSH_SECONDS = 30.0
@@ -63,10 +65,20 @@ class SampleRecorder(TrainerCallback):
     Args:
         record (`Callable`): Returns the run's record, which knows the step's counts and seconds.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Saved with it, so that texts can be read.
+        data (`Callable`): Returns the facts of the training set that are recorded: its name and its rows, as far as
+            they are known.
     """
 
-    def __init__(self, record: Callable[[], RunRecord], tokenizer: PreTrainedTokenizerBase):
-        self.record, self.tokenizer = record, tokenizer
+    folder: Path
+
+    def __init__(
+        self,
+        record: Callable[[], RunRecord],
+        tokenizer: PreTrainedTokenizerBase,
+        data: Callable[[], dict[str, Any]] = dict,
+    ):
+        self.record, self.tokenizer, self.data = record, tokenizer, data
+        self._begun = False  # an evaluation before training is logged, too
         self._seen: set[int] = set()
         self._text_tokens = 0
         self._clear()
@@ -121,7 +133,7 @@ class SampleRecorder(TrainerCallback):
     # Events of the trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.folder = Path(args.output_dir, RECORD_NAME)
+        self.folder, self._begun = Path(args.output_dir, RECORD_NAME), True
         self.process = args.process_index
         self._clear()
         self._seen, self._text_tokens = set(), 0
@@ -136,6 +148,7 @@ class SampleRecorder(TrainerCallback):
                 self._text_tokens += pc.sum(pc.list_value_length(texts["input_ids"])).as_py() or 0
         if state.is_world_process_zero:
             self._write_run(args, state, kwargs["model"])
+            self._cut_logs(state.global_step)
 
     def _write_run(self, args: "QTuningSFTConfig", state: TrainerState, model: PreTrainedModel) -> None:
         summary = run_summary(self.record(), args)
@@ -144,6 +157,7 @@ class SampleRecorder(TrainerCallback):
             "format": FORMAT,
             "recorded_from": self._first_step(file, state.global_step),
             "model": model.config._name_or_path,
+            "data": self.data(),
             "max_steps": state.max_steps,
             "resumed_from": state.global_step,
             **{name: summary[name] for name in ("num_processes", "config", "versions")},
@@ -152,6 +166,20 @@ class SampleRecorder(TrainerCallback):
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         temporary.replace(file)
         self.tokenizer.save_pretrained(self.folder / "tokenizer")
+
+    def _cut_logs(self, step: int) -> None:
+        logs = [entry for entry in read_logs(self.folder) if step and entry["step"] <= step]
+        temporary = self.folder / f".{LOGS_NAME}"
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in logs), encoding="utf-8")
+        temporary.replace(self.folder / LOGS_NAME)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self._begun or not state.is_world_process_zero:
+            return
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, float | int)}
+        own = {name: value for name, value in numbers.items() if not name.startswith("qtuning/")}  # `steps` has these
+        with open(self.folder / LOGS_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **own}) + "\n")
 
     def _first_step(self, file: Path, resumed_from: int) -> int:
         """The first step that the record holds, which a resumed run goes on with."""
@@ -290,6 +318,10 @@ class RecordReader:
         """A row per optimizer step: counts over all processes, mean thresholds, and the seconds of process 0."""
         return self._steps_of("steps").sort_by("step")
 
+    def logs(self) -> list[dict[str, float]]:
+        """What was logged (loss, learning rate, evaluations), with its `step`; none in older records."""
+        return read_logs(self.folder)
+
     def texts(self, sample_ids: Iterable[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """
         Tokens of some samples, as far as they were recorded.
@@ -319,6 +351,21 @@ class RecordReader:
         tables = [TABLES[name].empty_table().select(columns or TABLES[name].names)]
         tables += [read_table(part.path(self.folder, name), TABLES[name], columns) for part in self.parts]
         return pa.concat_tables(tables, promote_options="default").filter(pc.field("step") <= self.last_step)
+
+
+def read_logs(folder: Path) -> list[dict[str, float]]:
+    """Lines of a record's log; a line that a kill cut off is passed over, and nothing is no log."""
+    entries = []
+    try:
+        lines = (folder / LOGS_NAME).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
 
 
 def steps_in_words(steps: list[int]) -> str:

@@ -20,8 +20,8 @@ CORNERS = {
     3: (0.01, 0.015, "left", "bottom"),
     4: (0.99, 0.015, "right", "bottom"),
 }
-# Okabe and Ito's colours, which readers with a colour vision deficiency can tell apart.
-QUADRANT_COLOURS = {1: "#D55E00", 2: "#E69F00", 3: "#56B4E9", 4: "#009E73", 0: "#999999"}
+# Okabe and Ito's colours, of which these four differ the most for readers with a colour vision deficiency.
+QUADRANT_COLOURS = {1: "#D55E00", 2: "#0072B2", 3: "#56B4E9", 4: "#009E73", 0: "#BBBBBB"}
 GROUP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
 PHASE_COLOURS = {"scoring": "#E69F00", "selection": "#CC79A7", "collation": "#56B4E9", "training": "#0072B2"}
 THRESHOLDS = ("perplexity_low", "perplexity_high", "entropy_low", "entropy_high")
@@ -29,7 +29,8 @@ COLUMNS = ("perplexity", "entropy", "quadrant", "kept", "filled", "group")
 # Both axes are logarithmic in nats: a model that has learnt its data leaves most samples at a perplexity just above 1
 # and an entropy just above 0, where linear axes, or the logarithm of the perplexity, would put them on one spot.
 NATS_FLOOR = 1e-4  # what lies below is drawn there
-PERPLEXITY_TICKS = (1.0001, 1.001, 1.01, 1.1, 1.3, 2.0, 4.0, 12.0, 100.0, 1e4)
+LEAST_SPAN = 0.1  # of an axis, in decades: samples that are all alike lie together, and do not fill the plane
+TICKS = 6
 
 
 def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
@@ -61,24 +62,19 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
     if lengths == {0}:
         raise ValueError("The pool is empty: plot after a step that selected, with a budget below 100x100.")
     figure = _new_figure(5.2)
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_yscale("function", functions=(_log_loss, _perplexity))
-    axes.yaxis.set_major_locator(FixedLocator(PERPLEXITY_TICKS))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
     colours = _colours(pool, color_by)
     _draw_samples(axes, pool, color_by, colours)
     line: dict[str, Any] = {"color": "#444444", "linewidth": 0.9, "linestyle": "--", "zorder": 1}
-    for name in ("perplexity_low", "perplexity_high"):
-        axes.axhline(max(pool["thresholds"][name], math.exp(NATS_FLOOR)), **line)
-    for name in ("entropy_low", "entropy_high"):
-        axes.axvline(max(pool["thresholds"][name], NATS_FLOOR), **line)
-    axes.margins(x=0.06, y=0.12)  # room for the labels of the corners
+    thresholds = {name: value for name, value in pool["thresholds"].items() if not math.isnan(value)}
+    for name, value in thresholds.items():
+        if name.startswith("perplexity"):
+            axes.axhline(max(value, math.exp(NATS_FLOOR)), **line)
+        else:
+            axes.axvline(max(value, NATS_FLOOR), **line)
+    _scale_axes(axes, pool)
     for quadrant, (x, y, horizontal, vertical) in CORNERS.items():
         axes.text(
             x,
@@ -91,7 +87,7 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
             fontweight="bold",
             color="#444444",
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
-            zorder=4,
+            zorder=5,
         )
     axes.set_xlabel("uncertainty: mean entropy of the prediction (nats, log scale)")
     axes.set_ylabel("error: perplexity of the answer (log scale of the loss)")
@@ -104,8 +100,9 @@ def plot_eu_plane(record: Any, color_by: str = "quadrant") -> "Figure":
 def _draw_samples(axes: Any, pool: dict[str, Any], color_by: str, colours: dict[Any, tuple[str, str]]) -> None:
     entropy = [max(value, NATS_FLOOR) for value in pool["entropy"]]
     perplexity = [max(value, math.exp(NATS_FLOOR)) for value in pool["perplexity"]]
-    for value, (_, colour) in colours.items():
-        for kept, filled in ((False, False), (True, False), (True, True)):
+    # What was kept lies on top, and on what filled the budget what was kept for where it lies.
+    for order, (kept, filled) in enumerate(((False, False), (True, True), (True, False)), start=2):
+        for value, (_, colour) in colours.items():
             rows = [
                 index
                 for index in range(len(pool["kept"]))
@@ -121,8 +118,54 @@ def _draw_samples(axes: Any, pool: dict[str, Any], color_by: str, colours: dict[
                 edgecolors=colour,
                 linewidths=1.0,
                 alpha=0.9 if kept else 0.7,
-                zorder=3 if kept else 2,
+                zorder=order,
             )
+
+
+def _scale_axes(axes: Any, pool: dict[str, Any]) -> None:
+    """Both axes over the samples, with room for the labels of the corners and round ticks, however narrow they are."""
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    scales = (
+        (axes.xaxis, "entropy", _log_entropy, _entropy, 0.06),
+        (axes.yaxis, "perplexity", _log_loss, _perplexity, 0.12),
+    )
+    for axis, name, position, value, margin in scales:
+        places = [float(position(number)) for number in pool[name]]
+        low, high = axis_range(min(places), max(places), margin)
+        (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(float(value(low)), float(value(high)))
+        axis.set_major_locator(FixedLocator(round_ticks(low, high, position, value)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
+
+
+def axis_range(low: float, high: float, margin: float = 0.06) -> tuple[float, float]:
+    """Ends of an axis, in decades, that holds the places `low` to `high` and has room beside them."""
+    middle, half = (low + high) / 2, max(high - low, LEAST_SPAN) / 2
+    return middle - half * (1 + 2 * margin), middle + half * (1 + 2 * margin)
+
+
+def round_ticks(low: float, high: float, position: Any, value: Any) -> list[float]:
+    """
+    Values with few digits at about even distances on an axis.
+
+    Args:
+        low, high (`float`): Its ends, in decades.
+        position, value (`Callable`): Of a value, its place on the axis; and the inverse.
+    """
+    step = (high - low) / TICKS
+    ticks = []
+    for number in range(TICKS):
+        place = low + (number + 0.5) * step
+        exact = float(value(place))
+        # A perplexity just above 1 has its digits after the 1.
+        one = 1.0 if value is _perplexity and exact < 2.0 else 0.0
+        for digits in range(1, 7):
+            tick = one + float(f"{exact - one:.{digits}g}")
+            if abs(float(position(tick)) - place) <= step / 4:
+                break
+        ticks.append(tick)
+    return ticks
 
 
 def _draw_legend(figure: "Figure", colours: dict[Any, tuple[str, str]]) -> None:
@@ -228,6 +271,18 @@ def _pool_of(record: Any) -> dict[str, Any]:
     columns["group"] = [value if isinstance(value, str) else None for value in columns["group"]]
     thresholds = {name: float(frame[name].mean()) for name in THRESHOLDS}
     return {**columns, "filled": (frame["reason"] == "fill").tolist(), "thresholds": thresholds}
+
+
+def _log_entropy(entropy: Any) -> Any:
+    """Where an entropy in nats lies on its axis; NumPy arrays."""
+    import numpy as np
+
+    return np.log10(np.maximum(entropy, NATS_FLOOR))
+
+
+def _entropy(position: Any) -> Any:
+    """The entropy at a position of its axis: the inverse of [`_log_entropy`]."""
+    return 10.0**position
 
 
 def _log_loss(perplexity: Any) -> Any:

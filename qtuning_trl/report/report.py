@@ -1,5 +1,5 @@
 """
-`qtuning report`: one HTML file that shows what runs kept and dropped, made from their records.
+`qtuning report`: one HTML file that shows what runs kept and dropped, made from their records, or a scored data set.
 
 [`report_data`] turns records into plain figures and texts; `report.html` draws them. The file holds everything it needs
 (plotly's script too) and fetches nothing. Dataset text travels as JSON and is put on the page as text, never as HTML.
@@ -9,15 +9,16 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from ..records.run import PHASES, QUADRANTS, THRESHOLDS, asked_shares, ratio, selected
-from ..records.samples import KEPT_MASK, SAMPLE_ID, RecordReader, steps_in_words
+from ..records.run import PHASES, QUADRANTS, asked_shares, ratio, selected
+from ..records.samples import KEPT_MASK, RECORD_NAME, SAMPLE_ID, RecordReader, steps_in_words
+from ..records.scored import ScoredReader, is_dataset_folder
+from .plane import MAX_CARDS, Decoder, cards, groups, number, plane, quadrant_table, with_outcome
 from .plots import GROUP_COLOURS, PHASE_COLOURS, QUADRANT_COLOURS, QUADRANT_NAMES
 
 if TYPE_CHECKING:
@@ -27,50 +28,74 @@ TEMPLATE = Path(__file__).with_name("report.html")
 DEFAULT_NAME = "qtuning_report.html"
 # What is embedded, so that the page opens at once; the page says where it leaves something out.
 MAX_POINTS = 50_000  # on the EU planes of all runs together
-MAX_WINDOWS = 20  # positions of the slider
 MAX_MOMENTS = 50  # points of a line over training
 MAX_BARS = 40
-MAX_GROUPS = len(GROUP_COLOURS) - 1
-SAMPLES_SHOWN = 12  # most kept, and as many least kept
-HISTORY_SHOWN = 40  # latest decisions about one of them
-PROMPT_CHARACTERS, ANSWER_CHARACTERS = 600, 2000  # of one of them
-HOVER_PROMPT, HOVER_ANSWER = 80, 160  # characters of a point's text
-DROPPED, KEPT, FILLED = range(3)
+
+Reader = RecordReader | ScoredReader
 
 
 def write_report(
-    runs: Sequence[str | Path], output: str | Path | None = None, color_by: str | None = None, png: bool = False
+    runs: Sequence[str | Path],
+    output: str | Path | None = None,
+    color_by: str | None = None,
+    png: bool = False,
+    tokenizer: str | None = None,
 ) -> list[Path]:
     """
     Write the report of one or several runs.
 
     Args:
-        runs (`Sequence[str | Path]`): Output directories; a run may be over, still going, or crashed.
-        output (`str` or `Path`, *optional*): The HTML file. If `None`, `qtuning_report.html` in the first run's folder.
+        runs (`Sequence[str | Path]`): Output directories; a run may be over, still going, or crashed. Or files, or
+            datasets on disk, that `qtuning score` wrote.
+        output (`str` or `Path`, *optional*): The HTML file. If `None`, `qtuning_report.html` in the first run's folder,
+            or beside the first scored file.
         color_by (`str`, *optional*): What the points are coloured by at first: `"quadrant"`, or the runs'
-            `group_column`. If `None`, the quadrant.
+            `group_column`, or any column of a scored file. If `None`, the quadrant.
         png (`bool`): Write the main pictures beside it, too.
+        tokenizer (`str`, *optional*): Name or folder of the model that wrote the scored files.
 
     Returns:
         `list[Path]`: The files written, the HTML first.
 
     Raises:
-        `ValueError`: If a run has no record, or not the column.
+        `ValueError`: If one is neither a run with a record nor a scored file, or has not the column.
         `ImportError`: If plotly (or matplotlib, for `png`) is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ImportError('The report needs plotly: run `pip install "qtuning-trl[report]"`.') from error
-    readers = [RecordReader(run) for run in runs]
+    readers = [open_run(run, tokenizer, color_by) for run in runs]
     data = report_data(readers, _names(runs), color_by)
-    output = Path(runs[0], DEFAULT_NAME) if output is None else Path(output)
+    output = _default_output(Path(runs[0]), readers[0]) if output is None else Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Escaped, so that no text in the data can end the script that holds it.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     head, middle, tail = _split_template()
     output.write_text(head + get_plotlyjs() + middle + text + tail, encoding="utf-8")
     return [output, *(_write_pictures(readers, data, output) if png else [])]
+
+
+def open_run(path: str | Path, tokenizer: str | None = None, color_by: str | None = None) -> Reader:
+    """
+    Whatever is to be shown: a run's record, or what `qtuning score` wrote.
+
+    Raises:
+        `ValueError`: If it is neither, in one sentence.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} is not there: give the `output_dir` of a run, or what `qtuning score` wrote.")
+    has_record = (path / RECORD_NAME).is_dir() or (path / "run.json").is_file()
+    if path.is_file() or (is_dataset_folder(path) and not has_record):
+        return ScoredReader(path, tokenizer, color_by)
+    return RecordReader(path)
+
+
+def _default_output(path: Path, reader: Reader) -> Path:
+    if isinstance(reader, ScoredReader):
+        return path.with_name(f"{path.stem}_{DEFAULT_NAME}")
+    return path / DEFAULT_NAME
 
 
 def _split_template() -> tuple[str, str, str]:
@@ -88,20 +113,22 @@ def _names(runs: Sequence[str | Path]) -> list[str]:
 # Figures and texts
 
 
-def report_data(readers: Sequence[RecordReader], names: Sequence[str], color_by: str | None = None) -> dict[str, Any]:
+def report_data(readers: Sequence[Reader], names: Sequence[str], color_by: str | None = None) -> dict[str, Any]:
     """
     What the page shows, as plain values (see the script `data` in the HTML).
 
     Raises:
         `ValueError`: If `color_by` is neither `"quadrant"` nor a run's group column.
     """
-    columns = [reader.run["config"].get("group_column") for reader in readers]
-    known = sorted({column for column in columns if column is not None})
+    known = sorted({column for column in map(_group_column, readers) if column is not None})
     if color_by not in (None, "quadrant", *(["group", *known] if known else [])):
+        scored = any(isinstance(reader, ScoredReader) for reader in readers)
+        also = ", or a column of the scored file" if scored else ""
         raise ValueError(
-            f"`--color_by` is {color_by!r}: choose {' or '.join(map(repr, ['quadrant', *known]))}; a run records the "
-            "column that `group_column` names."
+            f"`--color_by` is {color_by!r}: choose {' or '.join(map(repr, ['quadrant', *known]))}{also}; a run records "
+            "the column that `group_column` names."
         )
+    points, shown = MAX_POINTS // len(readers), MAX_CARDS // len(readers)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": version("qtuning-trl"),
@@ -113,31 +140,119 @@ def report_data(readers: Sequence[RecordReader], names: Sequence[str], color_by:
         "group_colours": [colour for colour in GROUP_COLOURS if colour != "#000000"],
         "phases": [{"name": name, "colour": colour} for name, colour in PHASE_COLOURS.items()],
         "max_points": MAX_POINTS,
+        "max_cards": MAX_CARDS,
         "runs": [
-            run_data(reader, name, MAX_POINTS // len(readers)) for reader, name in zip(readers, names, strict=True)
+            scored_data(reader, name, points, shown)
+            if isinstance(reader, ScoredReader)
+            else run_data(reader, name, points, shown)
+            for reader, name in zip(readers, names, strict=True)
         ],
     }
 
 
-def run_data(reader: RecordReader, name: str, max_points: int = MAX_POINTS) -> dict[str, Any]:
+def _group_column(reader: Reader) -> str | None:
+    return reader.group_column if isinstance(reader, ScoredReader) else reader.run["config"].get("group_column")
+
+
+def run_data(
+    reader: RecordReader, name: str, max_points: int = MAX_POINTS, max_cards: int = MAX_CARDS
+) -> dict[str, Any]:
     """One run's part of the page."""
     steps = reader.steps().to_pandas()
-    samples = reader.samples().drop_columns([KEPT_MASK]).to_pandas()
-    samples["filled"] = samples["reason"] == "fill"
-    samples["trimmed"] = samples["reason"] == "trim"
-    samples["outcome"] = np.where(samples["filled"], FILLED, np.where(samples["kept"], KEPT, DROPPED))
-    decoder = _Decoder(reader)
+    samples = with_outcome(reader.samples().drop_columns([KEPT_MASK]).to_pandas())
+    decoder = Decoder(reader)
+    masked = reader.samples().filter(pc.field(KEPT_MASK).is_valid()).select(["step", SAMPLE_ID, KEPT_MASK])
+    masks = {row[SAMPLE_ID]: (row["step"], row[KEPT_MASK]) for row in masked.to_pylist()}  # the latest stays
     return {
         "name": name,
+        "scored_file": False,
         "state": _state(reader),
-        "group_column": reader.run["config"].get("group_column"),
+        "settings": settings(reader),
+        "group_column": _group_column(reader),
         "facts": run_facts(reader, steps, samples),
-        "groups": _groups(samples),
-        **_plane(samples, decoder, max_points),
+        "quadrants": quadrant_table(samples),
+        "groups": groups(samples),
+        **plane(samples, decoder, max_points),
         "over_training": _over_training(steps),
+        "loss": loss_curves(reader, steps),
         "times_kept": _times_kept(samples),
-        **_extremes(reader, samples, decoder),
+        **cards(samples, masks, decoder, max_cards),
     }
+
+
+def scored_data(
+    reader: ScoredReader, name: str, max_points: int = MAX_POINTS, max_cards: int = MAX_CARDS
+) -> dict[str, Any]:
+    """A scored data set's part of the page."""
+    samples = with_outcome(reader.samples())
+    decoder = Decoder(reader)
+    pruned = samples[samples["kept"] & (samples["kept_tokens"] < samples["answer_tokens"])]
+    kept, filled = samples["kept"], samples["filled"]
+    tokens, kept_tokens = int(samples["answer_tokens"].sum()), int(samples["kept_tokens"].sum())
+    if not reader.says_what_was_pruned:
+        state = "a scored data set, which does not say what was pruned"
+    else:
+        state = "a scored data set"
+    return {
+        "name": name,
+        "scored_file": True,
+        "state": state,
+        "settings": [],
+        "group_column": reader.group_column,
+        "facts": {
+            "candidates": len(samples),
+            "kept": int(kept.sum()),
+            "sample_ratio_reached": float(kept.mean()),
+            "answer_tokens": {"ratio_reached": ratio(kept_tokens, tokens) if reader.says_what_was_pruned else None},
+            "pruned_answers": len(pruned),
+            "token_ratio_reached": ratio(int(pruned["kept_tokens"].sum()), int(pruned["answer_tokens"].sum())),
+            "filled": int(filled.sum()),
+        },
+        "quadrants": quadrant_table(samples),
+        "groups": groups(samples),
+        **plane(samples, decoder, max_points),
+        "over_training": {"step": []},
+        "loss": {},
+        "times_kept": {"first": []},
+        **cards(samples, reader.masks(samples.loc[pruned.index, SAMPLE_ID]), decoder, max_cards),
+    }
+
+
+def settings(reader: RecordReader) -> list[str]:
+    """How a run was set up, for a line of text: its model, data set, learning rate and size."""
+    config, data = reader.run["config"], reader.run.get("data") or {}
+    facts = [_without_folders(reader.run["model"])]
+    name, rows = data.get("name"), data.get("rows")
+    if name or rows:
+        size = f"{rows:,} rows" if rows else ""
+        facts.append("data set " + ", ".join(filter(None, (name and _without_folders(name), size))))
+    if config.get("learning_rate") is not None:
+        facts.append(f"learning rate {config['learning_rate']:g} ({config.get('lr_scheduler_type', 'linear')})")
+    processes = reader.run["num_processes"]
+    return [*facts, *([f"{processes} processes"] if processes > 1 else [])]
+
+
+def _without_folders(name: str) -> str:
+    """Pages are passed on: none shows the folders of this machine."""
+    return ", ".join(Path(part).name if Path(part).is_absolute() else part for part in name.split(", "))
+
+
+def loss_curves(reader: RecordReader, steps: "pd.DataFrame") -> dict[str, dict[str, list[Any]]]:
+    """By what it is of: steps, and nats a token; all that was logged, and means over the scored candidates."""
+    logs = reader.logs()
+    curves: dict[str, dict[str, list[Any]]] = {}
+    for name, key in (("training", "loss"), ("evaluation", "eval_loss")):
+        entries = {entry["step"]: number(entry[key]) for entry in logs if isinstance(entry.get(key), float | int)}
+        curves[name] = {"step": list(entries), "loss": list(entries.values())}
+    window = np.arange(len(steps)) * min(MAX_MOMENTS, len(steps)) // max(len(steps), 1)
+    means = (
+        steps[["step", "pool_nll"]]
+        .dropna()
+        .groupby(window[steps["pool_nll"].notna()])
+        .agg({"step": "max", "pool_nll": "mean"})
+    )
+    curves["candidates"] = {"step": means["step"].tolist(), "loss": [number(value) for value in means["pool_nll"]]}
+    return {name: curve for name, curve in curves.items() if curve["step"]}
 
 
 def _state(reader: RecordReader) -> str:
@@ -149,12 +264,10 @@ def _state(reader: RecordReader) -> str:
 
 def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFrame") -> dict[str, Any]:
     """Totals of a run so far, under the names of `qtuning_summary.json`, from the record alone."""
-    config, model = reader.run["config"], reader.run["model"]
+    config = reader.run["config"]
     total = {name: int(steps[name].sum()) for name in steps.columns if steps[name].dtype.kind == "i"}
     pruned = samples[samples["kept"] & (samples["kept_tokens"] < samples["answer_tokens"])]
     return {
-        # Pages are passed on: none shows the folders of this machine.
-        "model": Path(model).name if Path(model).is_absolute() else model,
         "num_processes": reader.run["num_processes"],
         "steps": len(steps),
         "sample_ratio": config["sample_ratio"],
@@ -167,61 +280,6 @@ def run_facts(reader: RecordReader, steps: "pd.DataFrame", samples: "pd.DataFram
         "distinct_kept": int(samples.loc[samples["kept"], SAMPLE_ID].nunique()),
         "seconds": {phase: float(steps[f"seconds_{phase}"].sum()) for phase in PHASES},
     }
-
-
-def _groups(samples: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Candidates and survivors by group, the largest first."""
-    counts = samples.groupby("group")["kept"].agg(["size", "sum"]).sort_values("size", ascending=False)
-    return [
-        {"name": name, "candidates": int(size), "kept": int(kept)}
-        for name, size, kept in counts.itertuples(index=True, name=None)
-    ]
-
-
-def _plane(samples: "pd.DataFrame", decoder: "_Decoder", max_points: int) -> dict[str, Any]:
-    """
-    Points of the EU plane in order of steps, and the windows of steps that the slider moves over.
-
-    Beyond `max_points` it is the same random samples at every step, so that they can be followed.
-    """
-    if samples.empty:
-        return {"points": None, "points_of": 0, "windows": [], "samples": []}
-    chosen = samples.iloc[np.sort(np.argsort(_shuffled(samples[SAMPLE_ID]), kind="stable")[:max_points])]
-    first, last = int(samples["step"].min()), int(samples["step"].max())
-    count = min(MAX_WINDOWS, last - first + 1)
-    bounds = [first + round(index * (last - first + 1) / count) for index in range(count + 1)]
-    windows = []
-    for start, end in pairwise(bounds):
-        rows = samples[(samples["step"] >= start) & (samples["step"] < end)]
-        begin, stop = np.searchsorted(chosen["step"], [start, end]).tolist()
-        windows.append({"first": start, "last": end - 1, "begin": begin, "end": stop, "of": len(rows)})
-        windows[-1]["thresholds"] = {name: _number(rows[name].mean()) for name in THRESHOLDS}
-    names = [group["name"] for group in _groups(samples)[:MAX_GROUPS]]
-    index_of = {name: index for index, name in enumerate(names)}
-    ids, place = np.unique(chosen[SAMPLE_ID], return_inverse=True)
-    return {
-        "points": {
-            "sample": place.tolist(),
-            "perplexity": [_number(value) for value in chosen["perplexity"]],
-            "entropy": [_number(value) for value in chosen["entropy"]],
-            "quadrant": chosen["quadrant"].tolist(),
-            "outcome": chosen["outcome"].tolist(),
-            "group": [index_of.get(name, len(names)) for name in chosen["group"]],
-            "step": chosen["step"].tolist(),
-        },
-        "points_of": len(samples),
-        "windows": windows,
-        "samples": [[sample_id, *text] for sample_id, text in zip(ids.tolist(), decoder.short(ids), strict=True)],
-    }
-
-
-def _shuffled(sample_ids: "pd.Series") -> np.ndarray:
-    """A number for each sample that has nothing to do with its place in the dataset; the same for the same sample."""
-    return sample_ids.to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _number(value: float) -> float | None:
-    return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 def _over_training(steps: "pd.DataFrame") -> dict[str, list[Any]]:
@@ -251,128 +309,27 @@ def _times_kept(samples: "pd.DataFrame") -> dict[str, list[Any]]:
     return {"first": starts.tolist(), "last": (starts + width - 1).tolist(), "samples": counts.tolist()}
 
 
-def _extremes(reader: RecordReader, samples: "pd.DataFrame", decoder: "_Decoder") -> dict[str, list[Any]]:
-    """The samples most and least often kept, with their answers; ties in an order of chance, the same each time."""
-    if samples.empty:
-        return {"most_kept": [], "least_kept": []}
-    times = samples.groupby(SAMPLE_ID)["kept"].agg(["size", "sum"]).reset_index()
-    times["chance"] = _shuffled(times[SAMPLE_ID])
-    most = times.sort_values(["sum", "size", "chance"], ascending=[False, True, True])[SAMPLE_ID][:SAMPLES_SHOWN]
-    least = times.sort_values(["sum", "size", "chance"], ascending=[True, False, True])[SAMPLE_ID][:SAMPLES_SHOWN]
-    shown = {*most, *least}
-    rows = reader.samples()
-    masks: dict[int, tuple[int, list[bool]]] = {}
-    masked = rows.filter(pc.field(SAMPLE_ID).isin(list(shown)) & pc.field(KEPT_MASK).is_valid())
-    for row in masked.select(["step", SAMPLE_ID, KEPT_MASK]).to_pylist():
-        masks[row[SAMPLE_ID]] = row["step"], row[KEPT_MASK]  # the latest stays
-    texts = reader.texts(shown)
-    parts = dict(list(samples[samples[SAMPLE_ID].isin(shown)].groupby(SAMPLE_ID)))
-
-    def card(sample_id: int) -> dict[str, Any]:
-        history = parts[sample_id]
-        step, mask = masks.get(sample_id, (None, None))
-        prompt, answer = decoder.pieces(texts.get(sample_id), mask)
-        latest = history.iloc[-1]
-        return {
-            "id": int(sample_id),
-            "group": latest["group"] if isinstance(latest["group"], str) else None,
-            "scored": len(history),
-            "kept": int(history["kept"].sum()),
-            "perplexity": [_number(history["perplexity"].iloc[0]), _number(latest["perplexity"])],
-            "entropy": [_number(history["entropy"].iloc[0]), _number(latest["entropy"])],
-            "history": history[["step", "quadrant", "outcome"]].tail(HISTORY_SHOWN).to_numpy().tolist(),
-            "prompt": prompt,
-            "answer": answer,
-            "pruned_at": step,
-            "tokens": None if mask is None else [sum(mask), len(mask)],
-        }
-
-    return {"most_kept": [card(x) for x in most], "least_kept": [card(x) for x in least]}
-
-
-class _Decoder:
-    """Texts of recorded samples."""
-
-    def __init__(self, reader: RecordReader):
-        self.reader = reader
-        self.tokenizer = reader.tokenizer()
-
-    def _decode(self, ids: Any) -> str:
-        if self.tokenizer is None:
-            return " ".join(f"[{token}]" for token in ids)
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-    def short(self, sample_ids: np.ndarray) -> list[tuple[str, str]]:
-        """The end of each prompt, and the beginning of each answer."""
-        texts = self.reader.texts(sample_ids.tolist())
-        short = []
-        for sample_id in sample_ids.tolist():
-            if sample_id not in texts:
-                short.append(("", "(text not recorded)"))
-                continue
-            ids, answer = texts[sample_id]
-            start = int(answer.argmax()) if answer.any() else len(ids)
-            # A token has a character at least, but for pieces of rare ones.
-            prompt = self._decode(ids[max(0, start - HOVER_PROMPT) : start])
-            reply = self._decode(ids[start : start + HOVER_ANSWER])
-            cut = len(prompt) > HOVER_PROMPT or start > HOVER_PROMPT
-            more = len(reply) > HOVER_ANSWER or len(ids) > start + HOVER_ANSWER
-            short.append((("…" if cut else "") + prompt[-HOVER_PROMPT:], reply[:HOVER_ANSWER] + ("…" if more else "")))
-        return short
-
-    def pieces(
-        self, text: tuple[np.ndarray, np.ndarray] | None, mask: list[bool] | None
-    ) -> tuple[str, list[list[Any]]]:
-        """
-        The prompt, and what follows it in pieces: `[text, kind]`, kind 0 for kept, 1 for pruned, 2 for no answer (a
-        later turn of the user).
-        """
-        if text is None:
-            return "", [["(text not recorded)", 2]]
-        ids, answer = text
-        kinds = np.where(answer, 0, 2)
-        if mask is not None and len(mask) == answer.sum():
-            kinds[answer] = np.where(mask, 0, 1)
-        start = int(answer.argmax())
-        prompt = self._decode(ids[:start])
-        if len(prompt) > PROMPT_CHARACTERS:
-            prompt = "…" + prompt[-PROMPT_CHARACTERS:]
-        pieces: list[list[Any]] = []
-        # Token by token, but decoded together: a token's text depends on those before it (spaces, split characters).
-        ids, kinds = ids[start : start + ANSWER_CHARACTERS], kinds[start : start + ANSWER_CHARACTERS]
-        done = 0
-        for index, kind in enumerate(kinds.tolist()):
-            so_far = self._decode(ids[: index + 1])
-            if so_far.endswith("\ufffd") and index + 1 < len(ids):
-                continue  # a character that the next token completes
-            piece, done = so_far[done:], len(so_far)
-            if pieces and pieces[-1][1] == kind:
-                pieces[-1][0] += piece
-            else:
-                pieces.append([piece, kind])
-            if done >= ANSWER_CHARACTERS:
-                pieces.append(["…", 2])
-                break
-        return prompt, pieces
-
-
 # Pictures
 
 
-def _write_pictures(readers: Sequence[RecordReader], data: dict[str, Any], output: Path) -> list[Path]:
+def _write_pictures(readers: Sequence[Reader], data: dict[str, Any], output: Path) -> list[Path]:
     """The EU plane of the latest window, the quadrants over training, and the time by phase, as PNG."""
     from .plots import plot_eu_plane, plot_seconds, plot_shares
 
     figures = {}
-    for number, (reader, run) in enumerate(zip(readers, data["runs"], strict=True), start=1):
-        prefix = f"{number}_" if len(readers) > 1 else ""
-        if run["windows"]:
+    for place, (reader, run) in enumerate(zip(readers, data["runs"], strict=True), start=1):
+        prefix = f"{place}_" if len(readers) > 1 else ""
+        colour = "group" if data["color_by"] == "group" and run["group_column"] else "quadrant"
+        if isinstance(reader, ScoredReader):
+            figures[f"{prefix}eu_plane"] = plot_eu_plane(reader.samples(), colour)
+        elif run["windows"]:
             samples = reader.samples().drop_columns([KEPT_MASK])
             latest = samples.filter(pc.field("step") >= run["windows"][-1]["first"]).to_pandas()
-            colour = "group" if data["color_by"] == "group" and run["group_column"] else "quadrant"
             figures[f"{prefix}eu_plane"] = plot_eu_plane(latest, colour)
             figures[f"{prefix}quadrants"] = plot_shares(reader.steps().to_pandas())
-    figures["seconds"] = plot_seconds({run["name"]: run["facts"]["seconds"] for run in data["runs"]})
+    seconds = {run["name"]: run["facts"]["seconds"] for run in data["runs"] if "seconds" in run["facts"]}
+    if seconds:
+        figures["seconds"] = plot_seconds(seconds)
     files = []
     for name, figure in figures.items():
         files.append(output.with_name(f"{output.stem}_{name}.png"))

@@ -15,7 +15,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
+from ..interrupts import SIGNALLED, ended_in_one_line
 from ..records.run import RunRecord
 from ..studies.compare import (
     FAILURE_NAME,
@@ -47,6 +50,7 @@ from ..studies.compare import (
 )
 
 TABLE_NAME = "comparison"
+SECONDS_TO_END = 20.0  # for a run that is told to: it may be in the middle of a long computation
 EVALUATED = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 
 
@@ -182,15 +186,16 @@ def _run(context: Any, folder: Path, run: Run, comparison: Comparison, place: st
     failure.unlink(missing_ok=True)
     print(f"[{place}] {run.pruner} {run.budget} seed {run.seed}", flush=True)
     process = context.Process(target=_run_here, args=(folder, run.pruner, comparison.accuracy))
-    process.start()
     try:
+        process.start()
         process.join()
     finally:
-        process.terminate()  # of no effect if it has ended
+        if process.pid is not None:
+            _end(process)
     status = process.exitcode or 0
-    if status < 0:
+    if status < 0 or status > SIGNALLED:
         # Killed from outside, as by Ctrl-C or for want of memory: no verdict on the run, which is repeated next time.
-        print(f"  ended by signal {-status}; see {folder / 'log.txt'}")
+        print(f"  ended by signal {-status if status < 0 else status - SIGNALLED}; see {folder / 'log.txt'}")
     elif status:
         lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
         reason = next((line for line in reversed(lines) if "error:" in line.lower()), lines[-1] if lines else "")
@@ -198,13 +203,29 @@ def _run(context: Any, folder: Path, run: Run, comparison: Comparison, place: st
         print(f"  failed: {reason}")
 
 
+def _end(process: Any) -> None:
+    """End the process of a run, if it is still there: this one has been told to stop (Ctrl-C, SIGTERM)."""
+    process.terminate()
+    process.join(SECONDS_TO_END)
+    process.kill()
+
+
 def _run_here(folder: Path, pruner: str, accuracy: str | None) -> None:
     """What the process of one run does: everything it prints goes into its log."""
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    with exit_on_error(FAILED_RUN):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with ended_in_one_line(), exit_on_error(FAILED_RUN):
         write_result(folder, train_and_measure(folder, pruner, accuracy))
+
+
+def _end_with_parent() -> None:
+    """End this process when the comparison is gone, were it by SIGKILL: nobody would wait for the result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:

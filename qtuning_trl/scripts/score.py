@@ -244,7 +244,7 @@ class DatasetScorer:
         model_args: ModelConfig,
         dataset_args: DatasetMixtureConfig,
     ):
-        self.script_args, self.args = script_args, training_args
+        self.script_args, self.args, self.model_name = script_args, training_args, model_args.model_name_or_path
         self.answer_tokens = self.kept_tokens = 0  # counted while the result is written
         with training_args.main_process_first(desc="data set mapping"):
             splits = load_data(script_args, dataset_args)
@@ -337,15 +337,15 @@ class DatasetScorer:
         )
         start = 0
         for part in range(self.parts):
-            documents = scorable_rows(self.prepared, self._rows(part))
-            chosen = decisions.rows(slice(start, start + len(documents)))
-            start += len(documents)
+            whole = scorable_rows(self.prepared, self._rows(part))
+            chosen = decisions.rows(slice(start, start + len(whole)))
+            start += len(whole)
             scores = self.partial.read(part)
-            self.answer_tokens += sum(answer_lengths(documents))
-            documents = pruned_rows(documents, scores, chosen, pruning)
+            self.answer_tokens += sum(answer_lengths(whole))
+            documents = pruned_rows(whole, scores, chosen, pruning)
             self.kept_tokens += int(np.array(answer_lengths(documents), dtype=np.int64)[chosen.keep].sum())
             columns, kept_only = self.script_args.columns, self.script_args.kept_only
-            yield finished_rows(documents, scores, chosen, self.original, columns, kept_only)
+            yield finished_rows(whole, documents, scores, chosen, self.original, columns, kept_only)
             advance(len(documents))
 
     def finish(self) -> None:
@@ -369,11 +369,12 @@ class DatasetScorer:
         left_out = len(self.original) - rows
         note = f"; {left_out:,} rows without an answer token are left out" if left_out else ""
         asked, tokens = asked_shares(self.args.sample_ratio, self.args.token_ratio), self.kept_tokens
+        report = f"\nNext:\n  qtuning report {self.script_args.output} --tokenizer {self.model_name}"
         return (
             f"{rows:,} rows scored ({corners}), {kept:,} kept, {int(decisions.prune_tokens.sum()):,} of them without "
             f"their worst answer tokens{note}. Samples: {kept / max(rows, 1):.2%} (asked: {asked['samples']:.2%}); "
             f"answer tokens: {tokens / max(self.answer_tokens, 1):.2%} (asked: {asked['answer_tokens']:.2%}). "
-            f"Written to {self.script_args.output}"
+            f"Written to {self.script_args.output}{report if self.script_args.columns == 'all' else ''}"
         )
 
     def _push(self, result: Dataset) -> None:

@@ -165,7 +165,7 @@ def build_trainer(
         if with_eval or training_args.eval_strategy != "no":
             eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
     settle_template(train_dataset, model, script_args, training_args)
-    return QTuningSFTTrainer(
+    trainer = QTuningSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -173,6 +173,9 @@ def build_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    names = [str(part.path) for part in dataset_args.datasets or ()]
+    trainer.dataset_name = ", ".join(names) or script_args.dataset_name
+    return trainer
 
 
 def model_init_kwargs(model_args: ModelConfig, training_args: QTuningSFTConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from ..step.sample import SAMPLE_ID, Sample
+from ..records.scored import PRUNED
+from ..step.sample import IGNORE, SAMPLE_ID, Sample, answer_lengths
 from .dataset_scoring import Decisions, TokenPruning
 
 TOKEN_COLUMNS = {
@@ -23,6 +24,8 @@ SCORE_COLUMNS = {
     "entropy": Value("float64"),
     "quadrant": Value("int8"),
     "keep": Value("bool"),
+    "answer_tokens": Value("int32"),
+    PRUNED: List(Value("int32")),
 }
 COLUMNS = ("all", "tokens", "original")
 FORMATS = ("parquet", "jsonl", "dataset")
@@ -75,6 +78,7 @@ def pruned_rows(documents: list[Sample], scores: pa.Table, decisions: Decisions,
 
 
 def finished_rows(
+    whole: list[Sample],
     documents: list[Sample],
     scores: pa.Table,
     decisions: Decisions,
@@ -86,7 +90,8 @@ def finished_rows(
     Rows of the result, those of one part.
 
     Args:
-        documents (`list[Sample]`): The part's rows, as [`pruned_rows`] left them.
+        whole (`list[Sample]`): The part's rows.
+        documents (`list[Sample]`): The same, as [`pruned_rows`] left them.
         scores (`pa.Table`): Their scores.
         decisions ([`Decisions`]): Theirs.
         original (`Dataset`): The data set, whose row numbers are the documents' sample ids.
@@ -94,7 +99,7 @@ def finished_rows(
         kept_only (`bool`): Leave out rows that are not kept.
     """
     chosen = np.flatnonzero(decisions.keep) if kept_only else np.arange(len(documents))
-    documents = [documents[index] for index in chosen]
+    whole, documents = ([rows[index] for index in chosen] for rows in (whole, documents))
     rows = [document.sample_id for document in documents]
     ids = [document.input_ids for document in documents]
     values: dict[str, Any] = {
@@ -102,6 +107,8 @@ def finished_rows(
         **{name: scores.column(name).take(pa.array(chosen)) for name in ("perplexity", "entropy")},
         "quadrant": decisions.quadrant[chosen],
         "keep": decisions.keep[chosen],
+        "answer_tokens": answer_lengths(whole),
+        PRUNED: [_pruned_positions(before, after) for before, after in zip(whole, documents, strict=True)],
         "input_ids": ids,
         "attention_mask": [np.ones(len(row), np.int8) for row in ids],
         "labels": [document.labels for document in documents],
@@ -113,6 +120,13 @@ def finished_rows(
     schema = output_features(original.features, columns).arrow_schema
     arrays = [_as_array(values[name], schema.field(name).type) for name in schema.names]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _pruned_positions(whole: Sample, document: Sample) -> np.ndarray:
+    """Where a row lost the labels of its answer; nowhere, if its tokens were taken out."""
+    if len(whole) != len(document):
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero((whole.labels != IGNORE) & (document.labels == IGNORE))
 
 
 def _as_array(values: Any, kind: pa.DataType) -> Any:
