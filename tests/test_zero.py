@@ -66,10 +66,10 @@ def test_gradient_equals_plain_sft_on_the_survivors_in_one_process(runs, kind, t
     zero = torch.load(runs / kind / "gradient.pt")
     rows = zero["survivors"]
     assert len(rows) == zero["summary"]["kept"] == 9  # 30% of two processes x 4 micro-batches x 4 rows
-    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1, "gradient_accumulation_steps": 1}
+    options = COMMON | {"max_steps": 1, "optim": "sgd", "learning_rate": 1, "gradient_accumulation_steps": 1}
     plain = SFTTrainer(
         tiny_llama(),
-        SFTConfig(str(tmp_path), **{**COMMON, **options}, per_device_train_batch_size=len(rows)),
+        SFTConfig(str(tmp_path), **options | {"per_device_train_batch_size": len(rows)}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
