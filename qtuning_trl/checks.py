@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import is_conversational_from_value
@@ -11,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import QTuningSFTConfig
 from .data_check import CUT_WHOLE, DataCheck
+from .host.modes import is_partitioned
 from .shapes import refuse_preferences, refuse_unknown_columns
 from .step.sample import SAMPLE_ID
 
@@ -53,11 +55,6 @@ def refuse_unsupported_options(
         raise ValueError(
             f"`group_column` is {args.group_column!r} and `packing` is on: leave one of them out, since TRL's packing "
             "removes every other column."
-        )
-    if "attention" in args.token_needs and (args.fsdp or args.deepspeed):
-        raise ValueError(
-            f"`token_pruner` is {args.token_pruner!r} and the model is sharded (FSDP or DeepSpeed): train without, or "
-            "use another token pruner, since attention weights are read sample by sample."
         )
     _refuse_distributed_options(args)
     adapters = [peft_config, *getattr(model, "peft_config", {}).values()]
@@ -156,6 +153,20 @@ def refuse_missing_attention(model: Any, args: QTuningSFTConfig) -> None:
         raise ValueError(
             f"`token_pruner` is {args.token_pruner!r} and the model's attention is {implementation!r}, which gives no "
             "attention weights: set `attn_implementation` to 'eager'."
+        )
+
+
+def refuse_what_shards_cannot(model: Any, args: QTuningSFTConfig) -> None:
+    """Raise a `ValueError` if the token pruner needs more of a sharded model than forwards that all processes make."""
+    if "attention" in args.token_needs:
+        raise ValueError(
+            f"`token_pruner` is {args.token_pruner!r} and the model is sharded (FSDP or DeepSpeed): train without, or "
+            "use another token pruner, since attention weights are read sample by sample."
+        )
+    if "base" in args.token_needs and is_partitioned(model) and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`token_pruner` is {args.token_pruner!r}, which compares with the model before fine-tuning, and ZeRO-3 "
+            "partitions the model as it is loaded: train an adapter, or use ZeRO-2."
         )
 
 

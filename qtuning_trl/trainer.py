@@ -161,6 +161,9 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         """What a step passes through: scorer, selector and batcher, with the models that they need."""
         args, model, tokenizer = self.args, self.model, self._tokenizer
         proxy = load_second_model("scoring_model", args, model, tokenizer) if args.scoring_model is not None else None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded:
+            checks.refuse_what_shards_cannot(model, args)
         checks.refuse_missing_attention(model, args)
         needs_reference = "reference" in args.token_needs
         reference = load_second_model("reference_model", args, model, tokenizer) if needs_reference else None
@@ -177,7 +180,6 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         scorers = [scorer for scorer in (model, proxy, reference) if scorer is not None]
         training_collator: Any = self.data_collator  # others are refused
         collator = scoring_collator(training_collator, scorers, args.device)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         protected = special_token_ids(tokenizer, model) if args.protect_special_tokens else set()
         self.memory = MemoryBudget(args, sharded)
         self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)

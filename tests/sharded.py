@@ -11,7 +11,7 @@ from conftest import prompt_completion_rows
 from datasets import Dataset
 from test_trainer import losses, make_trainer
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
 from qtuning_trl import QTuningSFTTrainer
@@ -33,6 +33,8 @@ SCENARIOS: dict[str, dict] = {
     "rho1": {"budget": "50x50", "sample_pruner": "infobatch", "token_pruner": "rho1"},
     "uneven": {"budget": "50x50", "scoring_batch_tokens": 48, "score_reuse_epochs": 2, "max_steps": 6},
     "keep_everything": {"budget": "100x100"},
+    "qlora": {"budget": "50x50", "dropout": 0.0, "storage": torch.uint8},
+    "qlora_sharded": {"budget": "50x50", "dropout": 0.0, "storage": torch.float32},
 }
 
 
@@ -59,17 +61,35 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
+def four_bit(folder: Path, storage: torch.dtype) -> PreTrainedModel:
+    """A model in 4-bit NF4, whose bits are kept as `storage`: FSDP shards floating types only."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+
+
 def run(name: str, options: dict, output: Path, tokenizer, rows: list[dict], resume: str | None = None) -> None:
     if options.get("token_pruner") == "rho1":
         options = {"reference_model": str(output.parent / "reference"), **options}
-    trainer = make_trainer(output / name, tokenizer, Dataset.from_list(rows), **{"max_steps": 3, **options})
+    storage = (options := dict(options)).pop("storage", None)
+    model = None if storage is None else four_bit(output.parent / "reference", storage)
+    dataset = Dataset.from_list(rows)
+    trainer = make_trainer(output / name, tokenizer, dataset, model=model, **{"max_steps": 3, **options})
     forwards = []
     trainer.model.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     trainer.train(resume_from_checkpoint=resume)
     facts = {
         "losses": losses(trainer),
         "sharded": all(isinstance(value, DTensor) for value in trainer.model.parameters()),
-        "weights": {key: whole(value) for key, value in trainer.model.named_parameters()},
+        "weights": {
+            key: whole(value)
+            for key, value in trainer.model.named_parameters()
+            if value.requires_grad or storage is None
+        },
         "summary": trainer.summary() if isinstance(trainer, QTuningSFTTrainer) else None,
         "scored": gather_object([forwards.count(False)]),
     }

@@ -23,7 +23,7 @@ from qtuning_trl.report.report import report_data
 TESTS = Path(__file__).parent
 
 
-def launch(script: str, output: Path, tokenizer_dir: str) -> None:
+def launch(script: str, output: Path, tokenizer_dir: str, **environment: str) -> None:
     """Run a script of this folder by `accelerate launch` in two processes on the CPU."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -31,8 +31,10 @@ def launch(script: str, output: Path, tokenizer_dir: str) -> None:
         str(TESTS / script), str(output), tokenizer_dir,
     ]  # fmt: skip
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        command, env={**os.environ, **own, **environment}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -38,11 +38,11 @@ def lora(dropout: float = 0.0) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
 
 
-def make_trainer(tmp_path, tokenizer, dataset, trainer_class=QTuningSFTTrainer, dropout=None, **options):
+def make_trainer(tmp_path, tokenizer, dataset, trainer_class=QTuningSFTTrainer, dropout=None, model=None, **options):
     options = {**COMMON, **options}
     config_class = QTuningSFTConfig if trainer_class is QTuningSFTTrainer else SFTConfig
     return trainer_class(
-        tiny_llama(),
+        tiny_llama() if model is None else model,
         config_class(str(tmp_path), **options),
         train_dataset=dataset,
         processing_class=tokenizer,

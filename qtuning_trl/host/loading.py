@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Pre
 
 from ..config import QTuningSFTConfig
 from .errors import cause
+from .modes import without_zero3
 
 
 def load_processing_class(model: Any, args: QTuningSFTConfig) -> Any:
@@ -36,7 +37,8 @@ def load_second_model(
     try:
         same = AutoTokenizer.from_pretrained(name, **trust).get_vocab() == tokenizer.get_vocab()
         kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-        second = AutoModelForCausalLM.from_pretrained(name, **kwargs, **trust) if same else None
+        with without_zero3():
+            second = AutoModelForCausalLM.from_pretrained(name, **kwargs, **trust) if same else None
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{option}` is {name!r}, which cannot be loaded ({cause(error)}): check the name, or give the folder of a "

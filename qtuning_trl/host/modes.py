@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import transformers.integrations.deepspeed as host_deepspeed
 from transformers import PreTrainedModel
 
 from .attention import attention_by_document, can_attend_by_document
@@ -52,6 +53,26 @@ def scoring_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def without_zero3() -> Iterator[None]:
+    """
+    While it is open, models are loaded and run whole, as if ZeRO-3 were off: it partitions the trained one alone.
+
+    Leans on `transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref`, by which the hosts know of it.
+    """
+    own = host_deepspeed._hf_deepspeed_config_weak_ref
+    host_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        host_deepspeed._hf_deepspeed_config_weak_ref = own
+
+
+def is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned the model's parameters; leans on how it marks them."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
 def lean_scoring(model: PreTrainedModel, device: torch.device, flattened: bool) -> Iterator[None]:
     """
     All that makes a scoring forward cheaper without changing its values: what is measured to help on a CPU.
@@ -63,6 +84,8 @@ def lean_scoring(model: PreTrainedModel, device: torch.device, flattened: bool) 
     """
     with ExitStack() as stack:
         stack.enter_context(scoring_mode(model))
+        if not is_partitioned(model):
+            stack.enter_context(without_zero3())
         stack.enter_context(head_without_top1())
         stack.enter_context(lean_lm_head(device))
         if device.type == "cpu":

@@ -32,11 +32,13 @@ def carried(candidates: int, tokens: int, answer: int, kept: float) -> dict[str,
     """Bytes that a process sends in a step, by what it is."""
     columns = {name: torch.rand(candidates, dtype=torch.float64) for name in ("perplexity", "entropy")}
     columns["lengths"] = torch.full((candidates,), answer)
+    pruned = torch.rand(round(kept * candidates) * answer, dtype=torch.float64)  # all of them, at most
     survivors = [replace(sample(number, tokens, answer)) for number in range(round(kept * candidates))]
     return {
         "counts": len(pickle.dumps(StepCounts())),
         "statistics (`all_processes`)": len(pickle.dumps((columns, candidates))),
         "survivors (`all_processes`)": len(pickle.dumps(survivors)),
+        "token scores (`token_budget: pool`)": len(pickle.dumps((pruned, pruned > 2))),
         "new scores (`score_reuse_*`)": len(pickle.dumps({number: score(answer) for number in range(candidates)})),
     }
 
