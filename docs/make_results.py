@@ -158,30 +158,37 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {pruner} | {' | '.join(cells)} |")
     seeds = [len(row["seeds"]) for name, row in tables[0].items() if name in README_ROWS and name != ZERO_SHOT]
     counts = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    lines += ["", f"Mean and half of the 95% interval over {counts} seeds, losses in nats a token."]
+    lines += ["", f"Mean and half of the 95% interval over {counts} seeds (no interval: one); losses in nats a token."]
     return "\n".join(lines)
 
 
 def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
-    """Held-out loss against the time it took: the study's runs, and its longer ones at equal seconds."""
+    """Held-out loss against time: as lines the runs at equal seconds, as points those at equal steps (means)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for name in (README_STUDY, "smollm2_seconds"):
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for run in contents.get(name, {"runs": []})["runs"]:
-            if run["pruner"] != ZERO_SHOT:
-                runs.setdefault(run["pruner"], []).append(run)
-        for pruner, of_row in runs.items():
-            seconds, loss = ([run[key] for run in of_row] for key in ("cpu_seconds", "eval_loss"))
-            mean, spread = sum(loss) / len(loss), (max(loss) - min(loss)) / 2
-            x = sum(seconds) / len(seconds)
-            method = "tab:orange" if pruner.startswith("q_tuning") else "tab:blue"
-            axes.errorbar(x, mean, yerr=spread, fmt="o", color="black" if pruner == FULL_DATA else method)
-            axes.annotate(pruner, (x, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="CPU seconds of the run, scoring included", ylabel="held-out loss (nats a token)")
+    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    start = next(run["eval_loss"] for run in contents[README_STUDY]["runs"] if run["pruner"] == ZERO_SHOT)
+    for run in contents["smollm2_seconds"]["runs"]:
+        if run["pruner"] != ZERO_SHOT and run["seed"] == 0:
+            points = [(0.0, start)] + [(point["cpu_seconds"], point["eval_loss"]) for point in run["curve"]]
+            if points[-1][0] < run["cpu_seconds"]:
+                points.append((run["cpu_seconds"], run["eval_loss"]))
+            color = "black" if run["pruner"] == FULL_DATA else None
+            axes.plot(*zip(*points, strict=True), marker=".", label=f"{run['pruner']} (seed 0)", color=color)
+    markers = iter("osv^DPX*")
+    for pruner in README_ROWS:
+        runs = [run for run in contents[README_STUDY]["runs"] if run["pruner"] == pruner]
+        if pruner in (ZERO_SHOT, FULL_DATA):
+            continue
+        seconds, loss = (sum(run[key] for run in runs) / len(runs) for key in ("cpu_seconds", "eval_loss"))
+        color = "tab:red" if pruner.startswith("q_tuning") else "tab:gray"
+        label = f"{pruner}, {runs[0]['steps']} steps"
+        axes.plot(seconds, loss, next(markers), color=color, label=label, markersize=7)
+    axes.set(ylim=(0.6, 1.1), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
+    axes.set_ylabel("held-out loss (nats a token)")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(contents[README_STUDY]["title"], fontsize=10)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
