@@ -113,7 +113,7 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
             compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 100, 240)
+            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 100, 130, 240)
     assert ("full data", "100x100") in seen
     assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in WITHOUT_Q_TUNING
 
@@ -122,7 +122,7 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
 def smollm2(tmp_path, monkeypatch):
     """The study's module; its data are two other rows, and three of SQuAD's to answer."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "recipes" / "lab"))
-    module = importlib.import_module("smollm2")
+    module = importlib.import_module("smollm2_study")
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(module, "MARK", "=")
     monkeypatch.setattr(module, "BATCH_SIZE", 3)

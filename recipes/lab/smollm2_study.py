@@ -2,7 +2,7 @@
 The real model's study: its data, and what is measured on held-out rows beside their loss.
 
 ```bash
-python recipes/lab/smollm2.py --gsm8k gsm8k.jsonl --squad squad.jsonl --instructions instructions.jsonl \
+python recipes/lab/smollm2_study.py --gsm8k gsm8k.jsonl --squad squad.jsonl --instructions instructions.jsonl \
   --model FOLDER --output runs/lab/smollm2
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_smollm2_gsm8k.yaml
 ```
