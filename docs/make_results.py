@@ -62,16 +62,16 @@ by hand. [experiments.md](experiments.md) says what it means, on which machine a
 else was tried.
 
 What the rows are: a sample pruner and a token pruner ([pruners.md](pruners.md)); `q_tuning` alone is both its stages.
-What the budget is: samples x tokens that are kept, in per cent. In the first three tables everybody is to train on the
-same share of the answer tokens (column `tokens`); in the older ones a token pruner of the rivals prunes all survivors
-and Q-Tuning's Q2 alone, so that it trains on more tokens at the same budget. `perplexity` tokens in the older ones are
-the easiest, which is the paper's wording and not its authors' code. All runs of a table have the same number of
-optimizer steps. `better` and `worse` stand where p < 0.05; with
-so many rows, some are so by chance. Seconds and memory are those of a shared machine with tiny models: a hint, no
-benchmark.
+What the budget is: samples x tokens that are kept, in per cent. In the tables at equal tokens, as their titles say,
+everybody is to train on the same share of the answer tokens (column `tokens`); in the older ones a token pruner of the
+rivals prunes all survivors and Q-Tuning's Q2 alone, so that it trains on more tokens at the same budget. `perplexity`
+tokens in the older ones are the easiest, which is the paper's wording and not its authors' code. All runs of a table
+have the same number of optimizer steps, but for the one at equal seconds. `better` and `worse` stand where p < 0.05;
+with so many rows, some are so by chance. Seconds and memory are those of a shared machine: a hint, no benchmark.
 
-The base models, the data and the noise planted in it are made by `python -m qtuning_trl.demo.lab`; each table's
-comparison is in [recipes/lab](../recipes/lab), `qtuning compare --config recipes/lab/compare_NAME.yaml`.
+The laboratory's base models, its data and the noise planted in them are made by `python -m qtuning_trl.demo.lab`, those
+of SmolLM2's study by `python recipes/lab/smollm2_study.py`; each table's comparison is in
+[recipes/lab](../recipes/lab), `qtuning compare --config recipes/lab/compare_NAME.yaml`.
 """
 
 

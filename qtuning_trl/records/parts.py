@@ -86,6 +86,13 @@ def write_part(folder: Path, part: Part, tables: dict[str, pa.Table]) -> None:
     _sync_folder(folder)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a hidden name and rename it, so that a kill leaves no half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def cut_after(folder: Path, step: int, parts: Iterable[Part]) -> None:
     """Remove what these parts hold beyond a step; the latest first, so that an interruption leaves no gap."""
     for part in sorted(parts, reverse=True):

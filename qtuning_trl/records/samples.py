@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from ..step.sample import IGNORE, KEPT_MASK, SAMPLE_ID, Sample, answer_lengths
-from .parts import SAMPLES, STEPS, TABLES, TEXTS, Part, cut_after, list_parts, read_table, write_part
+from .parts import SAMPLES, STEPS, TABLES, TEXTS, Part, cut_after, list_parts, read_table, write_part, write_whole
 from .run import THRESHOLDS, RunRecord, group_columns, run_summary
 
 if TYPE_CHECKING:
@@ -162,16 +162,12 @@ class SampleRecorder(TrainerCallback):
             "resumed_from": state.global_step,
             **{name: summary[name] for name in ("num_processes", "config", "versions")},
         }
-        temporary = self.folder / ".run.json"
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, json.dumps(facts, indent=2) + "\n")
         self.tokenizer.save_pretrained(self.folder / "tokenizer")
 
     def _cut_logs(self, step: int) -> None:
         logs = [entry for entry in read_logs(self.folder) if step and entry["step"] <= step]
-        temporary = self.folder / f".{LOGS_NAME}"
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in logs), encoding="utf-8")
-        temporary.replace(self.folder / LOGS_NAME)
+        write_whole(self.folder / LOGS_NAME, "".join(json.dumps(entry) + "\n" for entry in logs))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not self._begun or not state.is_world_process_zero:

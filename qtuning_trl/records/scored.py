@@ -123,11 +123,15 @@ class ScoredReader:
         try:
             return AutoTokenizer.from_pretrained(self.tokenizer_name)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
             raise ValueError(
-                f"`--tokenizer` is {self.tokenizer_name!r}, which cannot be loaded ({cause}): give the model that "
-                "scored the file, by its name or folder."
+                f"`--tokenizer` is {self.tokenizer_name!r}, which cannot be loaded ({_cause(error)}): give the model "
+                "that scored the file, by its name or folder."
             ) from None
+
+
+def _cause(error: Exception) -> str:
+    """The first sentence of a library's error, as `host.errors` has it, a room that records do not know."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
 def _open(path: Path) -> "Dataset":
@@ -146,9 +150,8 @@ def _open(path: Path) -> "Dataset":
         if head.startswith(b"{"):
             return Dataset.from_json(str(path))
     except Exception as error:  # whatever the readers below raise at what is broken
-        cause = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ValueError(
-            f"{str(path)!r} cannot be read ({cause}): give a run's `output_dir`, or what `qtuning score` wrote."
+            f"{str(path)!r} cannot be read ({_cause(error)}): give a run's `output_dir`, or what `qtuning score` wrote."
         ) from None
     finally:
         if bars:

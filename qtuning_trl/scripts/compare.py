@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
 from ..interrupts import SIGNALLED, ended_in_one_line
+from ..records.parts import write_whole
 from ..records.run import RunRecord
 from ..studies.compare import (
     FAILURE_NAME,
@@ -46,7 +47,6 @@ from ..studies.compare import (
     table_cells,
     to_json,
     write_result,
-    write_whole,
 )
 
 TABLE_NAME = "comparison"

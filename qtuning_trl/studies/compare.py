@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from .. import pruners
+from ..records.parts import write_whole
 
 try:
     from scipy import stats
@@ -206,13 +207,6 @@ def pruner_options(pruner: Any) -> tuple[str, dict[str, Any]]:
 
 
 # Results
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a hidden name and rename it, so that a kill leaves no half of it."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
