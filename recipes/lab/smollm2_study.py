@@ -11,6 +11,7 @@ PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_smollm2_gsm8
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 
 FOLDER = Path("runs/lab/smollm2")  # where the comparisons look for the data, from the root of a clone
-LONGEST = 110  # tokens of a question and its answer, for speed
+# Tokens of a question and its answer, for speed: longer for SQuAD, whose answers are a few words after long contexts.
+LONGEST = {"gsm8k": 110, "squad": 150, "instructions": 110}
 TEST_ROWS, OTHER_ROWS = 48, 16
+FEW_ROWS = 256  # to train on for several epochs
 PARTS = ("prompt", "completion")
 BATCH_SIZE = 8
 TITLES = 4  # articles of SQuAD that are held out
 MARK = "####"  # GSM8K's final answers follow it
+CALCULATION = re.compile(r"<<[^<>=]*=([^<>]*)>>")  # GSM8K's own marks: <<48/2=24>>
 TEMPERATURES = (0.7, 0.5)
 GREEDY = {"do_sample": False}
 NEW_TOKENS = 16  # SQuAD's answers are shorter
@@ -31,14 +35,14 @@ NEW_TOKENS = 16  # SQuAD's answers are shorter
 
 def gsm8k(trainer: Any) -> dict[str, float]:
     """
-    Of each held-out row the final answer, given the true reasoning: the tokens after `####`, the end token left out;
-    and what is forgotten.
+    Of each held-out row the calculations and the final answer, given the true text before them, and what is forgotten.
 
     Returns:
-        `dict`: `accuracy`, the share of rows all of whose tokens there are the model's first choice;
-        `sampled_accuracy`, the mean probability of sampling them all at temperature 1, and `sampled_accuracy_T` at
-        lower ones; `entropy`, of the model's next word, the mean over all tokens of the answers, in nats; and
-        the losses of [`others`].
+        `dict`: `accuracy`, the share of rows all of whose tokens after `####` (the end token left out) are the model's
+        first choice; `sampled_accuracy`, the mean probability of sampling them all at temperature 1, and
+        `sampled_accuracy_T` at lower ones; `calculations` and `sampled_calculations`, the same of the results
+        `<<48/2=24>>`, over all calculations of all rows; `entropy`, of the model's next word, the mean over all tokens
+        of the answers, in nats; and the losses of [`others`].
     """
     tokenizer = trainer.processing_class
     rows = [
@@ -47,10 +51,15 @@ def gsm8k(trainer: Any) -> dict[str, float]:
     ]
     greedy: list[bool] = []
     sampled: dict[float, list[float]] = {1.0: [], **{temperature: [] for temperature in TEMPERATURES}}
+    calculated: list[tuple[bool, float]] = []
     entropies = []
     for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True):
         log_probs = logits.log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        for result in results_of_calculations([tokenizer.decode(token) for token in ids[first:]]):
+            tokens, places = torch.tensor(ids[first:])[result], log_probs[result]
+            probability = float(places.gather(1, tokens[:, None]).sum().exp())
+            calculated.append((bool((places.argmax(dim=-1) == tokens).all()), probability))
         end = len(ids) - 1 if ids[-1] == tokenizer.eos_token_id else len(ids)
         start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
         logits, answer = logits[start - first : end - first], torch.tensor(ids[start:end])
@@ -62,9 +71,18 @@ def gsm8k(trainer: Any) -> dict[str, float]:
         "accuracy": sum(greedy) / len(greedy),
         "sampled_accuracy": sum(sampled[1.0]) / len(greedy),
         **{f"sampled_accuracy_{t}": sum(sampled[t]) / len(greedy) for t in TEMPERATURES},
+        "calculations": sum(right for right, _ in calculated) / max(len(calculated), 1),
+        "sampled_calculations": sum(probability for _, probability in calculated) / max(len(calculated), 1),
         "entropy": float(torch.cat(entropies).mean()),
         **others(trainer, ("instructions", "squad")),
     }
+
+
+def results_of_calculations(texts: list[str]) -> list[list[int]]:
+    """Of the tokens of an answer, by their texts: those of the result of each `<<48/2=24>>`."""
+    owners = [token for token, text in enumerate(texts) for _ in text]
+    spans = (match.span(1) for match in CALCULATION.finditer("".join(texts)))
+    return [sorted(set(owners[start:end])) for start, end in spans if end > start]
 
 
 def squad(trainer: Any) -> dict[str, float]:
@@ -149,7 +167,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def make_data(arguments: argparse.Namespace) -> None:
     """
     Rows that are short enough, as `prompt` and `completion`: of GSM8K and SQuAD, each clean and with 20% of the answers
-    swapped; instructions in the model's own chat template.
+    swapped, and few of them for several epochs; instructions in the model's own chat template.
     """
     from transformers import AutoTokenizer
 
@@ -160,18 +178,19 @@ def make_data(arguments: argparse.Namespace) -> None:
     def length(row: dict[str, Any]) -> int:
         return len(tokenizer(row["prompt"] + row["completion"])["input_ids"])
 
-    def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows = [row for row in rows if length(row) <= LONGEST]
+    def short(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [row for row in rows if length(row) <= LONGEST[name]]
         random.Random(0).shuffle(rows)
         return rows
 
     gsm8k_rows = short(
+        "gsm8k",
         [
             {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
             for row in read_rows(arguments.gsm8k)
-        ]
+        ],
     )
-    squad_rows = short(read_rows(arguments.squad))
+    squad_rows = short("squad", read_rows(arguments.squad))
     titles = sorted({row["title"] for row in squad_rows})
     held_out = set(random.Random(0).sample(titles, TITLES))
     splits = {
@@ -186,13 +205,18 @@ def make_data(arguments: argparse.Namespace) -> None:
         test = sorted(({**row, "kind": "clean"} for row in test), key=length)  # batches of alike lengths pad little
         write_splits(arguments.output / name, corrupted(train, 0, 0.0, 0.0), test)
         write_splits(arguments.output / f"{name}_swapped", corrupted(train, 0, 0.2, 0.0), test)
+        write_splits(arguments.output / f"{name}_few", corrupted(train[:FEW_ROWS], 0, 0.0, 0.0), test)
+        write_splits(arguments.output / f"{name}_few_swapped", corrupted(train[:FEW_ROWS], 0, 0.2, 0.0), test)
         print(f"{name}: {len(train)} rows to train on, {len(test)} held out")
     instructions = []
     for row in read_rows(arguments.instructions):
         asked = [{"role": "user", "content": f"{row['instruction']}\n{row['input']}".strip()}]
         prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         instructions.append({"prompt": prompt, "completion": row["output"] + "<|im_end|>"})
-    for name, rows in (("instructions", short(instructions)), *((name, test) for name, (test, _) in splits.items())):
+    for name, rows in (
+        ("instructions", short("instructions", instructions)),
+        *((name, test) for name, (test, _) in splits.items()),
+    ):
         text = "".join(json.dumps(row) + "\n" for row in rows[:OTHER_ROWS])
         (arguments.output / "others" / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
