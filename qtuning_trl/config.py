@@ -8,7 +8,7 @@ from trl import SFTConfig
 from . import pruners
 from .values import parse_budget, refuse_bad_values
 
-TOKEN_PRUNING = ("mask", "drop")
+TOKEN_PRUNING = ("mask", "drop", "loss")
 SELECTION_SCOPES = ("process", "all_processes", "micro_batch")
 MICRO_BATCHES = ("full", "small")
 SURVIVOR_CHECKPOINTING = ("true", "auto", "false")
@@ -124,7 +124,10 @@ class QTuningSFTConfig(SFTConfig):
         default="mask",
         metadata={
             "help": "What happens to a pruned answer token: `'mask'` takes it out of the loss and leaves it in the "
-            "context, `'drop'` takes it out of the sequence, which also saves its compute.",
+            "context, `'drop'` takes it out of the sequence, which also saves its compute. `'loss'` masks too, by the "
+            "scores of the training forward itself, so that none is needed for scoring: for a `sample_pruner` that "
+            "needs no scores, with `'hardest'`, `'easiest'` or `'uncertain'` tokens. With `token_budget` 'pool' tokens "
+            "are then ranked within a micro-batch.",
             "choices": list(TOKEN_PRUNING),
         },
     )
@@ -323,6 +326,17 @@ class QTuningSFTConfig(SFTConfig):
                 f"`sample_pruner` is {self.sample_pruner!r} and `packing` is on: set `packing` to false, or use "
                 "`padding_free`, since a packed row keeps nothing but the tokens of its samples."
             )
+        if self.token_pruning == "loss" and self.token_ratio < 1.0:
+            if set(self.token_needs) != {"scores"}:
+                raise ValueError(
+                    f"`token_pruning` is 'loss' and `token_pruner` is {self.token_pruner!r}: set `token_pruning` to "
+                    "'mask', or choose 'hardest', 'easiest' or 'uncertain' tokens, which the training forward can tell."
+                )
+            if "scores" in self.sample_needs:
+                raise ValueError(
+                    f"`token_pruning` is 'loss' and `sample_pruner` is {self.sample_pruner!r}: set `token_pruning` to "
+                    "'mask', since the scores of the samples hold those of their tokens."
+                )
         if self.pool_factor > 1 and self.sample_pruner == "infobatch" and self.infobatch_annealing > 0:
             raise ValueError(
                 f"`infobatch_annealing` is {self.infobatch_annealing} and `pool_factor` is {self.pool_factor}: set one "
@@ -369,6 +383,11 @@ class QTuningSFTConfig(SFTConfig):
         """What the token pruner needs of the run: nothing, if the budget keeps every token."""
         needs = pruners.token_pruner(self.token_pruner).needs
         return needs if self.token_ratio < 1.0 else ()
+
+    @property
+    def prunes_in_loss(self) -> bool:
+        """Whether the training forward chooses among the answer tokens."""
+        return self.token_pruning == "loss" and self.token_ratio < 1.0
 
     @property
     def keeps_everything(self) -> bool:

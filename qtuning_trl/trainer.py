@@ -46,6 +46,7 @@ from .records.run import (
 )
 from .records.samples import SampleRecorder
 from .report.live import PlaneLogger, show_progress
+from .step.loss import LossPruner
 from .step.memory import MemoryBudget
 from .step.micro_batches import Batcher, placeholder
 from .step.needs import count_needs
@@ -184,6 +185,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         self.memory = MemoryBudget(args, sharded)
         self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)
         self.selector = Selector(args, self.accelerator, self.scorer, tokenizer, protected, reference, base)
+        self.loss_pruner = LossPruner(args, self.accelerator, protected)
         self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, self.memory)
 
     def _add_listeners(self) -> None:
@@ -258,7 +260,8 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         survivors, step = self._prune_pool(groups, batch_tokens)
         with self.run_record.phase("collation"):
             micro_batches = self.batcher.collate(survivors, len(drawn), self._train_batch_size)
-            num_items = count_items(self, micro_batches, device)
+            tokens = self._budget_losses(micro_batches, step) if self.args.prunes_in_loss else None
+            num_items = count_items(self, micro_batches, device, tokens)
         self._num_micro_batches = len(micro_batches)
         self.run_record.begin_training(step)
         return [placeholder() for _ in range(len(drawn) - len(micro_batches))] + micro_batches, num_items
@@ -274,7 +277,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                 pool = self.scorer.score(self.model, candidates, batch_tokens, self.state)
         with phase("selection"):
             selection = self.selector.select_samples(candidates, pool, self.state)
-        if self.args.token_ratio < 1.0:
+        if self.args.token_ratio < 1.0 and not self.args.prunes_in_loss:
             with phase("scoring"):
                 answers = self.selector.answers(self.model, selection, batch_tokens, self.state)
             with phase("selection"):
@@ -286,6 +289,16 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                     self._recorder.add(self.args, group, survivors)
             return selection.survivors, count_step(self.args, groups, candidates, pool, selection)
 
+    def _budget_losses(self, micro_batches: list[dict[str, Any]], step: StepCounts) -> int:
+        """Say to each micro-batch how many tokens its loss is to keep, and to the step how many that is."""
+        survivors = [batch["survivors"] for batch in micro_batches]
+        budgets = self.loss_pruner.budgets(int(step.counts["pool_answer_tokens"]), survivors)
+        for batch, budget in zip(micro_batches, budgets, strict=True):
+            batch["loss_budget"] = budget
+        tokens = sum(budget.tokens for budget in budgets)
+        step.counts["kept_answer_tokens"] = tokens
+        return tokens
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -296,6 +309,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         if self.args.keeps_everything:
             return super().training_step(model, inputs, num_items_in_batch)
         survivors, checkpointing = inputs.pop("survivors"), inputs.pop("checkpointing")
+        loss_budget = inputs.pop("loss_budget", None)
 
         def train(checkpointing: bool) -> Tensor:
             with ExitStack() as stack:
@@ -304,6 +318,9 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                     stack.enter_context(without_checkpointing(self.model))
                 if self._renews_scores:
                     stack.enter_context(self.scorer.renewed_scores(self.model, survivors, self.state))
+                if survivors and loss_budget is not None:  # first: what it sees is not weighted yet
+                    choose = partial(self.loss_pruner.weights, survivors, loss_budget, self.state)
+                    stack.enter_context(weighted_losses(self.model, choose))
                 if survivors and "weights" in self.selector.sample_pruner.needs:
                     weights = torch.tensor([sample.weight for sample in survivors])
                     tokens = weights.repeat_interleave(torch.tensor(answer_lengths(survivors)))

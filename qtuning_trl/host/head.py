@@ -1,6 +1,6 @@
 """TRL's fused LM head: per-token values, what it costs, and the weights of its losses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ def head_without_top1() -> Iterator[None]:
 
 
 @contextmanager
-def weighted_losses(model: torch.nn.Module, weights: Tensor) -> Iterator[None]:
+def weighted_losses(model: torch.nn.Module, weights: Tensor | Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """
     While it is open, the model's fused LM head weights the log-likelihood of each labelled token, and so its loss.
 
@@ -81,12 +81,16 @@ def weighted_losses(model: torch.nn.Module, weights: Tensor) -> Iterator[None]:
 
     Args:
         model (`torch.nn.Module`): The model that is trained.
-        weights (`Tensor` of shape `(labelled tokens,)`): In the batch's row-major order.
+        weights (`Tensor` of shape `(labelled tokens,)`, or `Callable`): In the batch's row-major order. Or what gives
+            them, without gradients, from the log-likelihoods and the entropies of these tokens.
     """
 
     def weigh(_module: Any, _inputs: Any, outputs: Any) -> None:
         mask, log_probs = outputs.label_mask, outputs.log_probs
-        outputs.log_probs = log_probs * torch.ones_like(log_probs).masked_scatter(mask, weights.to(log_probs))
+        given = weights
+        if callable(given):
+            given = given(log_probs.detach()[mask], outputs.entropy.detach()[mask])
+        outputs.log_probs = log_probs * torch.ones_like(log_probs).masked_scatter(mask, given.to(log_probs))
 
     handle = model.register_forward_hook(weigh)
     try:

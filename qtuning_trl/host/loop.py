@@ -34,12 +34,18 @@ def keep_column(trainer: Any, column: str) -> None:
     trainer._signature_columns = sorted({*(trainer._signature_columns or ()), column})
 
 
-def count_items(trainer: Trainer, micro_batches: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+def count_items(
+    trainer: Trainer, micro_batches: list[dict[str, Any]], device: torch.device, tokens: int | None = None
+) -> Tensor | int | None:
     """
     Trainable tokens in the micro-batches of one optimizer step, over all processes: what the loss is divided by.
 
-    Leans on `Trainer._get_num_items_in_batch`.
+    `tokens` are those of this process where the labels do not tell, since the loss chooses among them.
+
+    Leans on `Trainer._get_num_items_in_batch` counting labels, all but the first of a row.
     """
+    if tokens is not None:
+        micro_batches = [{"labels": torch.zeros((1, 1 + tokens), dtype=torch.int64)}]
     return trainer._get_num_items_in_batch(micro_batches, device)
 
 

@@ -163,7 +163,7 @@ def count_step(
         step.scored_tokens = int(pool.values.answer_mask.sum())
         step.counts["stale_scores"] = pool.stale
         step.counts["scored_samples"] = sum(map(len, pool.groups)) - pool.stale
-    elif "scores" in args.token_needs:
+    elif "scores" in args.token_needs and not args.prunes_in_loss:
         step.counts["scored_samples"] = len(selection.survivors)
     step.counts["pool_samples"] = sum(map(len, candidates))
     step.counts["unscorable_samples"] = sum(map(len, groups)) - sum(map(len, candidates))

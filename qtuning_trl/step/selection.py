@@ -184,17 +184,12 @@ class Selector:
         pool = Pool(
             **columns,
             sample_ratio=ratio,
-            generator=self._generator(state, process, number),
+            generator=step_generator(self.args, state, process, number),
             progress=state.global_step / state.max_steps,
             stop_at_budget=self.args.bisection == "budget",
             infobatch_annealing=self.args.infobatch_annealing,
         )
         return as_selection(self.sample_pruner.prune(pool), pool, weighted="weights" in self.sample_pruner.needs)
-
-    def _generator(self, state: TrainerState, *place: int) -> torch.Generator:
-        """A generator of its own: the global one is restored only after a resumed run has drawn its first pool."""
-        key = np.random.SeedSequence([self.args.seed, state.global_step, *place])
-        return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     # Stage 2
 
@@ -212,7 +207,7 @@ class Selector:
         """
         samples = [selection.survivors[index] for index in selection.to_prune]
         values = self._values(model, samples, selection.token_values, batch_tokens, state)
-        generator = self._generator(state, self.accelerator.process_index, 0, 1)
+        generator = step_generator(self.args, state, self.accelerator.process_index, 0, 1)
         answers: list[Answers] = []
         first = start = 0
         for group, kept in selection.by_group():
@@ -314,6 +309,12 @@ class Selector:
                 for keep, index in zip(self.token_pruner.prune(of_group).numpy(), indices, strict=False):
                     survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
         return replace(selection, survivors=survivors)
+
+
+def step_generator(args: QTuningSFTConfig, state: TrainerState, *place: int) -> torch.Generator:
+    """A generator of the step's own: the global one is restored only after a resumed run has drawn its first pool."""
+    key = np.random.SeedSequence([args.seed, state.global_step, *place])
+    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:

@@ -1,0 +1,142 @@
+"""Token pruning inside the loss: the training forward itself says which answer tokens it is trained on."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerState
+
+from ..config import QTuningSFTConfig
+from ..method import budget_size
+from ..pruners import Answers, token_pruner
+from .sample import Sample, answer_lengths, answer_mask, protected_mask
+from .selection import step_generator
+
+
+@dataclass(frozen=True)
+class LossBudget:
+    """
+    What a micro-batch of survivors is trained on.
+
+    Args:
+        place (`int`): Of the micro-batch in the step.
+        pooled (`int`, *optional*): With `token_budget` 'pool', its part of the pool's tokens.
+        tokens (`int`): Answer tokens that stay, protected ones included.
+    """
+
+    place: int
+    pooled: int | None
+    tokens: int
+
+
+@dataclass(eq=False)
+class LossPruner:
+    """
+    Stage 2 with `token_pruning` 'loss', as Rho-1 (arXiv 2404.07965) and the authors of Q-Tuning have it: no forward of
+    its own, since the scores are those of the forward that is trained on.
+
+    The answers of a micro-batch are ranked together where `token_budget` is 'pool', those of the whole step with
+    'mask'; each micro-batch gets its share of the tokens. With 'answer' both choose the same.
+    """
+
+    args: QTuningSFTConfig
+    accelerator: Accelerator
+    protected_ids: set[int]  # tokens that are never pruned
+
+    def budgets(self, pool_tokens: int, micro_batches: list[list[Sample]]) -> list[LossBudget]:
+        """
+        How many tokens stay in each micro-batch, known before any forward: the loss is divided by their sum.
+
+        Args:
+            pool_tokens (`int`): Answer tokens of all candidates of this process.
+            micro_batches (`list[list[Sample]]`): The survivors.
+        """
+        pooled: list[int | None] = [None] * len(micro_batches)
+        if self.args.token_budget == "pool":
+            sizes = [sum(answer_lengths(samples)) for samples in micro_batches]
+            together = self.args.selection_scope == "all_processes" and self.accelerator.num_processes > 1
+            parts = gather_object([(pool_tokens, sizes)]) if together else [(pool_tokens, sizes)]
+            asked = budget_size(self.args.sample_ratio * self.args.token_ratio, sum(part[0] for part in parts))
+            shares = split_budget(asked, [size for part in parts for size in part[1]])
+            first = sum(len(part[1]) for part in parts[: self.accelerator.process_index]) if together else 0
+            pooled = list(shares[first : first + len(sizes)])
+        budgets = []
+        for place, (samples, share) in enumerate(zip(micro_batches, pooled, strict=True)):
+            answers = self._answers(samples, share, torch.Generator())
+            # How many stay depends on the budget alone, not on the scores.
+            tokens = int(answers.keep_lowest(torch.zeros(answers.answer_mask.shape, dtype=torch.float64)).sum())
+            budgets.append(LossBudget(place, share, tokens))
+        return budgets
+
+    def weights(
+        self, samples: list[Sample], budget: LossBudget, state: TrainerState, log_probs: Tensor, entropy: Tensor
+    ) -> Tensor:
+        """
+        Weights of the losses of a micro-batch's answer tokens: what the token pruner returns, 0 for what it prunes.
+
+        Args:
+            samples (`list[Sample]`): The survivors in it.
+            budget ([`LossBudget`]): Of the micro-batch.
+            state (`TrainerState`): Of the run.
+            log_probs, entropy (`Tensor` of shape `(answer tokens,)`): Of the training forward, in nats, in the order
+                of the samples.
+
+        Raises:
+            `ValueError`: If the token pruner keeps more or fewer tokens than the budget.
+        """
+        generator = step_generator(self.args, state, self.accelerator.process_index, budget.place, 2)
+        answers = self._answers(samples, budget.pooled, generator, -log_probs, entropy)
+        keep: Tensor = token_pruner(self.args.token_pruner).prune(answers)[answers.answer_mask]
+        kept = int(keep.count_nonzero())
+        if kept != budget.tokens:
+            raise ValueError(
+                f"`token_pruner` is {self.args.token_pruner!r}, which kept {kept} tokens of a micro-batch where "
+                f"`token_pruning` 'loss' allows {budget.tokens}: set `token_pruning` to 'mask', or let the pruner "
+                "return what `answers.keep_lowest` does."
+            )
+        return keep
+
+    def _answers(
+        self,
+        samples: list[Sample],
+        budget: int | None,
+        generator: torch.Generator,
+        nll: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> Answers:
+        mask = answer_mask(samples)
+
+        def by_column(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values.double().cpu())
+
+        return Answers(
+            answer_mask=mask,
+            protected=protected_mask(samples, self.protected_ids, mask.shape),
+            token_ratio=self.args.token_ratio,
+            generator=generator,
+            lengths=torch.tensor([len(sample) for sample in samples], dtype=torch.int64),
+            sample_ratio=self.args.sample_ratio,
+            budget=budget,
+            neighbor_weight=self.args.neighbor_weight,
+            nll=by_column(nll),
+            entropy=by_column(entropy),
+        )
+
+
+def split_budget(budget: int, sizes: list[int]) -> list[int]:
+    """
+    A budget in parts, in proportion to `sizes`: whole numbers that add up to it, no part more than its size.
+
+    A budget above the sum of the sizes gives the sizes.
+    """
+    total = sum(sizes)
+    if total == 0:
+        return [0] * len(sizes)
+    budget = min(budget, total)
+    ends = [budget * end // total for end in accumulate(sizes)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

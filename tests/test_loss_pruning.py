@@ -1,0 +1,146 @@
+"""`token_pruning: loss`: the training forward chooses the tokens, as masking by a forward of its own would."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import PADDING_FREE, Recorder, assert_same_weights, losses, make_trainer
+from transformers import TrainerCallback
+
+from qtuning_trl import QTuningSFTConfig
+from qtuning_trl.pruners import register_token_pruner
+from qtuning_trl.step.loss import split_budget
+
+HARDEST = {"sample_pruner": "random", "token_pruner": "hardest", "budget": "50x50", "token_pruning": "loss"}
+ONE_MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
+def count_forwards(trainer) -> list[int]:
+    """Grows by one entry for each forward of the whole model: its rows."""
+    rows: list[int] = []
+    trainer.model.register_forward_hook(
+        lambda _module, _args, kwargs, _outputs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"token_pruner": "uncertain"},
+        {"token_pruner": "easiest", "protect_special_tokens": False},
+        {"loss_type": "dft"},
+        PADDING_FREE,
+        {"packing": True, "max_length": 48},
+        {"selection_scope": "micro_batch"},
+        {"token_budget": "pool", **ONE_MICRO_BATCH},
+        {"sample_pruner": "none"},
+    ],
+    ids=str,
+)
+def test_it_trains_on_the_tokens_that_masking_keeps_without_its_forward(
+    tmp_path, tokenizer, prompt_completion, options
+):
+    runs = {}
+    for how in ("mask", "loss"):
+        options = {**HARDEST, **options, "token_pruning": how, "max_steps": 3}
+        trainer = make_trainer(tmp_path / how, tokenizer, prompt_completion, dropout=0.0, **options)
+        seen, forwards = Recorder().attach(trainer), count_forwards(trainer)
+        trainer.train()
+        runs[how] = trainer, seen, forwards
+    (masked, expected, with_scoring), (ours, seen, forwards) = runs["mask"], runs["loss"]
+    assert len(seen.gradients) == 3
+    for step, reference in zip(seen.gradients, expected.gradients, strict=True):
+        for name, gradient in reference.items():
+            torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert losses(ours) == pytest.approx(losses(masked), rel=1e-5)
+    summary, reference = ours.summary(), masked.summary()
+    assert summary["answer_tokens"] == reference["answer_tokens"]
+    assert 0.2 < summary["answer_tokens"]["ratio_reached"] < 0.75
+    assert len(forwards) == sum(map(len, seen.batches)) < len(with_scoring)
+    scored = [trainer.run_record.totals["counts"]["scored_samples"] for trainer in (ours, masked)]
+    assert scored[0] == 0 < scored[1]
+
+
+def test_micro_batches_share_the_budget_of_the_pool(tmp_path, tokenizer, prompt_completion):
+    """Two micro-batches of survivors: together exactly a quarter of the tokens, each its own hardest."""
+    options = {**HARDEST, "token_budget": "pool", "protect_special_tokens": False, "max_steps": 4}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
+    kept = []
+    original = trainer.loss_pruner.weights
+
+    def watched(samples, budget, state, log_probs, entropy):
+        keep = original(samples, budget, state, log_probs, entropy)
+        kept.append((state.global_step, int(keep.sum()), budget.pooled, budget.tokens))
+        assert sorted(log_probs[keep].tolist()) == sorted(log_probs.tolist())[: int(keep.sum())]
+        return keep
+
+    trainer.loss_pruner.weights = watched
+    trainer.train()
+    assert [step for step, *_ in kept] == [0, 0, 1, 1, 2, 3, 3]  # the third step is the rest of an epoch, half as large
+    assert all(tokens == asked for _, tokens, _, asked in kept)
+    summary = trainer.summary()
+    assert summary["answer_tokens"]["kept"] == sum(tokens for _, tokens, *_ in kept)
+    pooled = sum(share for *_, share, _ in kept)
+    assert pooled <= 0.25 * summary["answer_tokens"]["candidates"] < pooled + 4
+
+
+@given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 300))
+def test_a_budget_is_split_exactly_and_never_beyond_a_part(sizes, budget):
+    parts = split_budget(budget, sizes)
+    assert sum(parts) == min(budget, sum(sizes))
+    assert all(0 <= part <= size for part, size in zip(parts, sizes, strict=True))
+
+
+def test_a_killed_run_goes_on_bit_equal_with_a_pruner_that_draws_and_weighs(tmp_path, tokenizer, prompt_completion):
+    """A pruner may return weights; and what it draws depends on seed and step alone."""
+
+    @register_token_pruner(f"weighted_{tmp_path.name}", needs=["scores"])
+    def weighted(answers):
+        lots = torch.rand(answers.answer_mask.shape, generator=answers.generator, dtype=torch.float64)
+        return 2.0 * answers.keep_lowest(lots / answers.nll)
+
+    options = {**HARDEST, "token_pruner": f"weighted_{tmp_path.name}", "max_steps": 4, "num_train_epochs": 4}
+    whole = make_trainer(tmp_path / "whole", tokenizer, prompt_completion, dropout=0.1, **options)
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == 2
+
+    stopped = make_trainer(tmp_path / "run", tokenizer, prompt_completion, dropout=0.1, **options)
+    stopped.add_callback(Stop())
+    stopped.train()
+    resumed = make_trainer(tmp_path / "run", tokenizer, prompt_completion, dropout=0.1, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same_weights(resumed, whole)
+
+
+def test_a_pruner_that_misses_the_budget_is_told_so(tmp_path, tokenizer, prompt_completion):
+    name = f"greedy_{tmp_path.name}"
+    register_token_pruner(name, needs=["scores"])(lambda answers: answers.answer_mask)
+    options = {**HARDEST, "token_pruner": name, "max_steps": 1}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)
+    with pytest.raises(ValueError, match=rf"`token_pruner` is '{name}', which kept \d+ tokens .* set `token_pruning`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"sample_pruner": "random"},
+            "`token_pruner` is 'q_tuning': set `token_pruning` to 'mask', or choose 'hardest'",
+        ),
+        ({"sample_pruner": "random", "token_pruner": "random"}, "`token_pruner` is 'random': set `token_pruning` to"),
+        ({"token_pruner": "hardest"}, "`sample_pruner` is 'q_tuning': set `token_pruning` to 'mask', since the scores"),
+    ],
+)
+def test_what_the_training_forward_cannot_tell_is_refused(tmp_path, options, told):
+    with pytest.raises(ValueError, match=f"`token_pruning` is 'loss' and {told}"):
+        QTuningSFTConfig(str(tmp_path), use_cpu=True, bf16=False, token_pruning="loss", **options)
+    keeps_all = QTuningSFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, token_pruning="loss", **{**options, "token_ratio": 1.0}
+    )
+    assert not keeps_all.prunes_in_loss
