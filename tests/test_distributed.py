@@ -13,7 +13,7 @@ from datasets import Dataset
 from test_trainer import COMMON, Recorder, lora, losses
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-from two_processes import SCENARIOS
+from two_processes import IN_LOSS, SCENARIOS
 
 from qtuning_trl import load_record
 from qtuning_trl.method import budget_size
@@ -84,8 +84,17 @@ def norm(gradient: dict[str, torch.Tensor]) -> float:
     return torch.cat([part.flatten() for part in gradient.values()]).norm().item()
 
 
+def test_tokens_chosen_inside_the_loss_give_the_gradient_of_masked_ones(runs):
+    masked, ours = (torch.load(runs / f"{name}.pt")["gradient"] for name in ("hardest", "in_loss"))
+    for parameter, expected in masked.items():
+        torch.testing.assert_close(ours[parameter], expected, rtol=1e-4, atol=1e-6, msg=parameter)
+    masked, ours = (json.loads((runs / f"{name}.json").read_text()) for name in ("hardest", "in_loss"))
+    assert ours["loss"] == pytest.approx(masked["loss"], rel=1e-5)
+    assert ours["summary"]["answer_tokens"] == masked["summary"]["answer_tokens"]
+
+
 def test_budgets_are_exact_over_both_processes(runs):
-    facts = {name: json.loads((runs / f"{name}.json").read_text()) for name in SCENARIOS}
+    facts = {name: json.loads((runs / f"{name}.json").read_text()) for name in {**SCENARIOS, **IN_LOSS}}
     pool = 32  # two processes x 4 micro-batches x 4 rows
     expected = {
         "process": 16,
@@ -103,7 +112,7 @@ def test_budgets_are_exact_over_both_processes(runs):
         assert (summary["candidates"], summary["kept"], summary["num_processes"]) == (pool, kept, 2), name
         assert sum(count for count, _ in facts[name]["counts"]) == kept, name
     # One budget for the answer tokens of both processes.
-    for name in ("pool", "pool_q2"):
+    for name in ("pool", "pool_q2", "in_loss_pool"):
         tokens = facts[name]["summary"]["answer_tokens"]
         assert tokens["kept"] == budget_size(0.25, tokens["candidates"]), name
     packed = facts["packed"]["summary"]

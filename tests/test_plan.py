@@ -223,6 +223,12 @@ def test_time_worked_by_hand():
     assert free["training"] == pytest.approx(1 / 6)
     assert step_time(lengths, shape, Budget(1.0, 1.0, False), costs)["step"] == pytest.approx(1)
     assert step_time(lengths, shape, replace(budget, scored_share=0.5), costs)["scoring"] == pytest.approx(1 / 6)
+    # Where samples are chosen without scores, only the survivor is scored for its tokens, or nothing is.
+    unscored = replace(budget, scored_share=0.0)
+    assert step_time(lengths, shape, unscored, costs) == pytest.approx({"scoring": 0, "training": 1 / 4, "step": 1 / 4})
+    assert step_time(lengths, shape, replace(unscored, survivors_scored=True), costs)["scoring"] == pytest.approx(
+        1 / 12
+    )
 
 
 def test_verdicts_leave_room_for_the_context_and_fragmentation():

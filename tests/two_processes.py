@@ -36,6 +36,13 @@ SCENARIOS: dict[str, dict] = {
         "token_pruner": "q_tuning_code",
     },
     "infobatch": {"budget": "50x50", "selection_scope": "all_processes", "sample_pruner": "infobatch"},
+    "hardest": {"budget": "50x50", "sample_pruner": "random", "token_pruner": "hardest"},
+}
+# The training forward chooses the tokens, so the rows that are collated still hold all of them.
+HARDEST_IN_LOSS = {"budget": "50x50", "sample_pruner": "random", "token_pruner": "hardest", "token_pruning": "loss"}
+IN_LOSS: dict[str, dict] = {
+    "in_loss": HARDEST_IN_LOSS,
+    "in_loss_pool": {**HARDEST_IN_LOSS, "selection_scope": "all_processes", "token_budget": "pool"},
 }
 
 
@@ -92,7 +99,7 @@ def main() -> None:
     output, tokenizer_dir = Path(sys.argv[1]), sys.argv[2]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     dataset = Dataset.from_list(prompt_completion_rows(40))
-    for name, options in SCENARIOS.items():
+    for name, options in {**SCENARIOS, **IN_LOSS}.items():
         run(name, options, output, tokenizer, dataset)
     keep_everything(output, tokenizer, dataset)
     resume("resume", output, tokenizer, dataset)

@@ -347,8 +347,13 @@ class Planner:
             flattened=self.flattened,
             sorted_rows=sorted_rows,
         )
+        pool_scored = "scores" in self.args.sample_needs
         budget = Budget(
-            self.args.sample_ratio, self.args.token_ratio, self.args.token_pruning == "drop", self.args.scored_share
+            self.args.sample_ratio,
+            self.args.token_ratio,
+            drop=self.args.token_pruning == "drop",
+            scored_share=self.args.scored_share if pool_scored else 0.0,
+            survivors_scored="scores" in self.args.token_needs and not pool_scored and not self.args.prunes_in_loss,
         )
         return step_time(self.lengths, shape, budget, costs)
 

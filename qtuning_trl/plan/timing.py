@@ -1,5 +1,6 @@
 """Relative time of an optimizer step: its floating-point operations, on pools of rows as long as the data's."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,12 +85,21 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Budget:
-    """What is kept: share of samples, share of tokens of the samples in Q2, whether these leave the sequence."""
+    """
+    What is kept and what is scored for it.
+
+    Args:
+        sample_ratio, token_ratio (`float`): Share of samples, and of tokens of the samples in Q2.
+        drop (`bool`): Whether pruned tokens leave the sequence.
+        scored_share (`float`): Share of the pool that is scored; 0 where the sample pruner needs no scores.
+        survivors_scored (`bool`): Whether the survivors are scored for their tokens alone.
+    """
 
     sample_ratio: float
     token_ratio: float
     drop: bool
     scored_share: float = 1.0
+    survivors_scored: bool = False
 
 
 def step_time(lengths: Lengths, shape: StepShape, budget: Budget, costs: Costs) -> dict[str, float]:
@@ -109,12 +119,13 @@ def step_time(lengths: Lengths, shape: StepShape, budget: Budget, costs: Costs) 
         if budget.sample_ratio == budget.token_ratio == 1.0:
             training += _whole(tokens, labelled, shape.rows, shape.checkpointing, shape, costs)
             continue
-        scored = generator.permutation(size)[: max(1, round(budget.scored_share * size))]
+        kept = generator.permutation(size)[: budget_size(budget.sample_ratio, size)]
+        share = generator.permutation(size)[: math.ceil(budget.scored_share * size - 1e-9)]
+        scored = kept if budget.survivors_scored else share
         flat = shape.flattened or shape.scored_flattened
         batches = scoring_batches(tokens[scored].tolist(), shape.scoring_tokens, flat)
         parts = [Part(scored[batch].tolist(), False) for batch in batches]
         scoring += _work(tokens, labelled, parts, costs.scoring, costs.scoring, flat)
-        kept = generator.permutation(size)[: budget_size(budget.sample_ratio, size)]
         training += _survivors(tokens[kept], labelled[kept], shape, budget, costs)
     return {"scoring": scoring / plain, "training": training / plain, "step": (scoring + training) / plain}
 
