@@ -21,6 +21,7 @@ from qtuning_trl.records.samples import RecordReader
 from qtuning_trl.report.report import report_data
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker: the processes are launched once
 
 
 def launch(script: str, output: Path, tokenizer_dir: str, **environment: str) -> None:

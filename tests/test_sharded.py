@@ -9,6 +9,8 @@ from sharded import SCENARIOS
 from test_distributed import launch
 from transformers import PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one worker: the processes are launched once
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer_dir) -> Path:

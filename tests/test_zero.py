@@ -28,6 +28,7 @@ SCENARIOS: dict[str, dict] = {
     "plain": {},
 }
 STAGES = {"zero2": 2, "zero3": 3}
+pytestmark = pytest.mark.xdist_group("zero")  # one worker: the processes are launched once
 
 
 @pytest.fixture(scope="module")
