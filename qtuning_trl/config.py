@@ -76,10 +76,10 @@ class QTuningSFTConfig(SFTConfig):
         default="q_tuning",
         metadata={
             "help": "Which answer tokens of the survivors stay: `'q_tuning'`, as its authors coded it "
-            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'uncertain'`, `'rho1'`, "
-            "`'token_cleaning'` (both need `reference_model`), `'fastv'`, `'sparsevlm'` (both need eager attention), "
-            "`'none'` (all), or a registered one of your own. Q-Tuning's samples with Q-Tuning's tokens prune Q2 "
-            "alone, as in the paper; other tokens prune all survivors."
+            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'uncertain'`, `'importance'` (needs "
+            "`token_pruning` 'loss'), `'rho1'`, `'token_cleaning'` (both need `reference_model`), `'fastv'`, "
+            "`'sparsevlm'` (both need eager attention), `'none'` (all), or a registered one of your own. Q-Tuning's "
+            "samples with Q-Tuning's tokens prune Q2 alone, as in the paper; other tokens prune all survivors."
         },
     )
     score_column: str | None = field(
@@ -126,8 +126,8 @@ class QTuningSFTConfig(SFTConfig):
             "help": "What happens to a pruned answer token: `'mask'` takes it out of the loss and leaves it in the "
             "context, `'drop'` takes it out of the sequence, which also saves its compute. `'loss'` masks too, by the "
             "scores of the training forward itself, so that none is needed for scoring: for a `sample_pruner` that "
-            "needs no scores, with `'hardest'`, `'easiest'` or `'uncertain'` tokens. With `token_budget` 'pool' tokens "
-            "are then ranked within a micro-batch.",
+            "needs no scores, with `'importance'`, `'hardest'`, `'easiest'` or `'uncertain'` tokens. With "
+            "`token_budget` 'pool' tokens are then ranked within a micro-batch.",
             "choices": list(TOKEN_PRUNING),
         },
     )
@@ -292,7 +292,29 @@ class QTuningSFTConfig(SFTConfig):
                 f"{self.survivor_checkpointing!r}: set `survivor_checkpointing` to 'auto', or leave it out."
             )
         self._check_pruners()
+        self._check_loss_pruning()
         self._check_cheaper_scoring()
+
+    def _check_loss_pruning(self) -> None:
+        if "weights" in self.token_needs and self.token_pruning != "loss":
+            raise ValueError(
+                f"`token_pruner` is {self.token_pruner!r}, which weights the losses of its tokens, and `token_pruning` "
+                f"is {self.token_pruning!r}: set `token_pruning` to 'loss'."
+            )
+        if not self.prunes_in_loss:
+            return
+        if {*self.token_needs} - {"weights"} != {"scores"}:
+            raise ValueError(
+                f"`token_pruning` is 'loss' and `token_pruner` is {self.token_pruner!r}: set `token_pruning` to "
+                "'mask', or choose 'importance', 'hardest', 'easiest' or 'uncertain' tokens, which the training "
+                "forward can tell."
+            )
+        if "scores" in self.sample_needs:
+            raise ValueError(
+                f"`token_pruning` is 'loss' and `sample_pruner` is {self.sample_pruner!r}: choose a `sample_pruner` "
+                "that needs no scores, such as 'random' or 'none'; or, for tokens that are not weighted, set "
+                "`token_pruning` to 'mask', since the scores of the samples hold those of their tokens."
+            )
 
     def _check_pruners(self) -> None:
         needs = {*self.sample_needs, *self.token_needs}
@@ -316,27 +338,17 @@ class QTuningSFTConfig(SFTConfig):
                 f"`sample_pruner` is 'q_tuning_code' and `pool_factor` is {self.pool_factor}: set `pool_factor` to 1, "
                 "since it may keep more than `sample_ratio`, which would not fit into one optimizer step."
             )
-        if "weights" in needs and self.loss_type != "nll":
-            raise ValueError(
-                f"`sample_pruner` is {self.sample_pruner!r}, which weights the losses of its samples, and `loss_type` "
-                f"is {self.loss_type!r}: set `loss_type` to 'nll'."
-            )
-        if needs & {"column", "weights"} and self.packing:
+        for what, of_it in (("sample", self.sample_needs), ("token", self.token_needs)):
+            if "weights" in of_it and self.loss_type != "nll":
+                raise ValueError(
+                    f"`{what}_pruner` is {getattr(self, f'{what}_pruner')!r}, which weights the losses of its {what}s, "
+                    f"and `loss_type` is {self.loss_type!r}: set `loss_type` to 'nll'."
+                )
+        if {*self.sample_needs} & {"column", "weights"} and self.packing:
             raise ValueError(
                 f"`sample_pruner` is {self.sample_pruner!r} and `packing` is on: set `packing` to false, or use "
                 "`padding_free`, since a packed row keeps nothing but the tokens of its samples."
             )
-        if self.token_pruning == "loss" and self.token_ratio < 1.0:
-            if set(self.token_needs) != {"scores"}:
-                raise ValueError(
-                    f"`token_pruning` is 'loss' and `token_pruner` is {self.token_pruner!r}: set `token_pruning` to "
-                    "'mask', or choose 'hardest', 'easiest' or 'uncertain' tokens, which the training forward can tell."
-                )
-            if "scores" in self.sample_needs:
-                raise ValueError(
-                    f"`token_pruning` is 'loss' and `sample_pruner` is {self.sample_pruner!r}: set `token_pruning` to "
-                    "'mask', since the scores of the samples hold those of their tokens."
-                )
         if self.pool_factor > 1 and self.sample_pruner == "infobatch" and self.infobatch_annealing > 0:
             raise ValueError(
                 f"`infobatch_annealing` is {self.infobatch_annealing} and `pool_factor` is {self.pool_factor}: set one "

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
 from qtuning_trl.demo.lab import NOISE, corrupted, make_gsm8k, make_sums
 from qtuning_trl.demo.make_base_model import batches, make_tokenizer
-from qtuning_trl.pruners import Answers
 from qtuning_trl.recipes import load_recipe
 from qtuning_trl.scripts import compare, sft
 from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
@@ -205,18 +204,3 @@ def test_committed_rows_follow_from_the_committed_runs(path):
     assert rows_from_json(content) == summarize(results)
     config = yaml.safe_load((REPOSITORY / "recipes" / "lab" / f"compare_{path.stem}.yaml").read_text())
     assert (content["title"], content["options"]) == (config["title"], config["options"])
-
-
-def test_tokens_drawn_by_importance_stand_for_all_of_them(monkeypatch):
-    """The mean of many draws is the sum of all: what is left out is made up for by the weights of what is not."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "recipes" / "lab"))
-    importance = importlib.import_module("variants").importance
-    nll = torch.tensor([[0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 0.2, 0.05, 3.0]], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.ones_like(nll, dtype=torch.bool)
-    answers = Answers(whole, torch.zeros_like(whole), token_ratio=0.4, generator=generator, nll=nll)
-    draws = torch.cat([importance(answers) for _ in range(20_000)])
-    assert (draws.count_nonzero(dim=1) == 4).all()
-    # The loss is divided by the four that are kept, and is to be the mean of ten.
-    torch.testing.assert_close(draws.mean(dim=0) / 4, torch.full((10,), 0.1, dtype=torch.float64), rtol=0.1, atol=0)
-    assert (draws > 0).double().mean(dim=0)[6] > 5 * (draws > 0).double().mean(dim=0)[0]

@@ -1,5 +1,7 @@
 """`token_pruning: loss`: the training forward chooses the tokens, as masking by a forward of its own would."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from test_trainer import PADDING_FREE, Recorder, assert_same_weights, losses, ma
 from transformers import TrainerCallback
 
 from qtuning_trl import QTuningSFTConfig
-from qtuning_trl.pruners import register_token_pruner
+from qtuning_trl.pruners import Answers, register_token_pruner, tokens
 from qtuning_trl.step.loss import split_budget
 
 HARDEST = {"sample_pruner": "random", "token_pruner": "hardest", "budget": "50x50", "token_pruning": "loss"}
@@ -129,18 +131,38 @@ def test_a_pruner_that_misses_the_budget_is_told_so(tmp_path, tokenizer, prompt_
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"sample_pruner": "random"}, "pruning` is 'loss' and `token_pruner` is 'q_tuning': set `token_pruning` to"),
+        ({"sample_pruner": "random", "token_pruner": "random"}, "loss' and `token_pruner` is 'random': set `token_pr"),
         (
-            {"sample_pruner": "random"},
-            "`token_pruner` is 'q_tuning': set `token_pruning` to 'mask', or choose 'hardest'",
+            {"token_pruner": "hardest"},
+            "loss' and `sample_pruner` is 'q_tuning': choose a `sample_pruner` that needs no",
         ),
-        ({"sample_pruner": "random", "token_pruner": "random"}, "`token_pruner` is 'random': set `token_pruning` to"),
-        ({"token_pruner": "hardest"}, "`sample_pruner` is 'q_tuning': set `token_pruning` to 'mask', since the scores"),
+        (
+            {"sample_pruner": "random", "token_pruner": "importance", "token_pruning": "mask"},
+            "`token_pruner` is 'importance', which weights the losses of its tokens, and `token_pruning` is 'mask'",
+        ),
+        (
+            {"sample_pruner": "random", "token_pruner": "importance", "loss_type": "dft"},
+            "`token_pruner` is 'importance', which weights the losses of its tokens, and `loss_type` is 'dft': set",
+        ),
     ],
 )
 def test_what_the_training_forward_cannot_tell_is_refused(tmp_path, options, told):
-    with pytest.raises(ValueError, match=f"`token_pruning` is 'loss' and {told}"):
-        QTuningSFTConfig(str(tmp_path), use_cpu=True, bf16=False, token_pruning="loss", **options)
-    keeps_all = QTuningSFTConfig(
-        str(tmp_path), use_cpu=True, bf16=False, token_pruning="loss", **{**options, "token_ratio": 1.0}
-    )
+    options = {"token_pruning": "loss", **options}
+    with pytest.raises(ValueError, match=re.escape(told)):
+        QTuningSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    keeps_all = QTuningSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{**options, "token_ratio": 1.0})
     assert not keeps_all.prunes_in_loss
+
+
+def test_tokens_drawn_by_importance_stand_for_all_of_them():
+    """The mean of many draws is the sum of all: what is left out is made up for by the weights of what is not."""
+    nll = torch.tensor([[0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 0.2, 0.05, 3.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.ones_like(nll, dtype=torch.bool)
+    answers = Answers(whole, torch.zeros_like(whole), token_ratio=0.4, generator=generator, nll=nll)
+    draws = torch.cat([tokens.importance(answers) for _ in range(20_000)])
+    assert (draws.count_nonzero(dim=1) == 4).all()
+    # The loss is divided by the four that are kept, and is to be the mean of ten.
+    torch.testing.assert_close(draws.mean(dim=0) / 4, torch.full((10,), 0.1, dtype=torch.float64), rtol=0.1, atol=0)
+    assert (draws > 0).double().mean(dim=0)[6] > 5 * (draws > 0).double().mean(dim=0)[0]

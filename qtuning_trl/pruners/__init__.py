@@ -29,7 +29,8 @@ class Pruner:
     Args:
         prune (`Callable`): Takes a [`Pool`] or [`Answers`]. A sample pruner returns a `Tensor` of shape `(samples,)`,
             bool for those it keeps; with `"weights"`, float for the weights of their losses, 0 for those it drops. A
-            token pruner returns a bool `Tensor` of shape `(samples, positions)` for the answer tokens it keeps.
+            token pruner returns a `Tensor` of shape `(samples, positions)`, bool for the answer tokens it keeps; with
+            `"weights"`, float for the weights of their losses, 0 for those it drops.
         needs (`tuple[str, ...]`): See `SAMPLE_NEEDS` and `TOKEN_NEEDS`.
     """
 
@@ -49,6 +50,7 @@ TOKEN_NEEDS = {
     "reference": "`reference_nll`: a forward of `reference_model` over the survivors",
     "base": "`base_nll`: a forward over the survivors of the model as it was before fine-tuning",
     "marked": "only the survivors that the sample pruner marks, Q-Tuning's those on Q2's side; otherwise all survivors",
+    "weights": "the losses of the tokens it keeps are weighted; for `token_pruning` 'loss' alone",
     "attention": "`attention` and `embeddings`: a forward over each survivor, with eager attention",
 }
 
@@ -76,6 +78,7 @@ _TOKEN_PRUNERS = {
     "easiest": Pruner(tokens.easiest, ("scores",)),
     "hardest": Pruner(tokens.hardest, ("scores",)),
     "uncertain": Pruner(tokens.uncertain, ("scores",)),
+    "importance": Pruner(tokens.importance, ("scores", "weights")),
     "rho1": Pruner(tokens.rho1, ("scores", "reference")),
     "token_cleaning": Pruner(tokens.token_cleaning, ("base", "reference")),
     "fastv": Pruner(tokens.fastv, ("attention",)),
@@ -121,11 +124,11 @@ def register_token_pruner(name: str, needs: Sequence[str] = ()) -> Callable[[Pru
 
     Args:
         name (`str`): Its name, not taken yet.
-        needs (`Sequence[str]`): What it needs, of `"scores"`, `"reference"`, `"base"`, `"marked"` and `"attention"`;
-            see [`Pruner`].
+        needs (`Sequence[str]`): What it needs, of `"scores"`, `"reference"`, `"base"`, `"marked"`, `"weights"` and
+            `"attention"`; see [`Pruner`].
 
     Returns:
-        `Callable`: A decorator for a function that takes [`Answers`] and returns a bool `Tensor` of the shape of
+        `Callable`: A decorator for a function that takes [`Answers`] and returns a `Tensor` of the shape of
         `answers.answer_mask`.
 
     Raises:

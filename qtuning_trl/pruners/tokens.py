@@ -12,6 +12,7 @@ from ..method import budget_size, pool_token_keep_mask, token_keep_mask, token_s
 # FastV looks at the second layer (its K = 2), SparseVLM first at the third (`pruning_loc` in its code).
 FASTV_LAYER = 1
 SPARSEVLM_LAYER = 2
+LEAST_SIZE = 0.02  # of a gradient in `importance`: no token stands for many
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,30 @@ def uncertain(answers: Answers) -> Tensor:
     """
     assert answers.entropy is not None
     return answers.keep_lowest(-answers.entropy)
+
+
+def importance(answers: Answers) -> Tensor:
+    """
+    Tokens drawn by the size of their gradient, and weighted so that the expected gradient is that of all tokens.
+
+    The size is 1 - p(token), the gradient at the logits to within a factor of sqrt(2) (Katharopoulos and Fleuret, ICML
+    2018, arXiv 1803.00942, have it for samples). They are drawn by priority sampling (Duffield, Lund and Thorup, J. ACM
+    2007): those with the highest `size / u` stay, u uniform in (0, 1); with t the highest of those that go, one that
+    stays stands for `max(1, t / size)`. Protected tokens stay and stand for themselves.
+
+    Returns:
+        `Tensor` of shape `(samples, positions)`, float64: Weights of the losses, 0 for tokens that go. The loss is
+        divided by the tokens that stay, so their share of all is in the weights.
+    """
+    assert answers.nll is not None
+    size = (1 - (-answers.nll).exp()).clamp(min=LEAST_SIZE)
+    lots = torch.rand(size.shape, generator=answers.generator, dtype=torch.float64)
+    priority = size / lots.clamp(min=1e-12)
+    keep = answers.keep_lowest(-priority)
+    gone = answers.answer_mask & ~keep
+    threshold = float(priority[gone].max()) if gone.any() else 0.0
+    stands_for = (threshold / size).clamp(min=1.0).masked_fill(answers.protected, 1.0)
+    return keep * stands_for * (int(keep.sum()) / int(answers.answer_mask.sum()))
 
 
 def rho1(answers: Answers) -> Tensor:

@@ -1,6 +1,5 @@
 """
-Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; and tokens that
-are weighted instead of cut, for `token_pruning: loss`.
+Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`.
 
 ```bash
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_sums_2_variants.yaml
@@ -13,7 +12,7 @@ import torch
 from scipy.stats import rankdata
 
 from qtuning_trl.method import SampleSelection, budget_size, descending, select_samples
-from qtuning_trl.pruners import Answers, register_sample_pruner, register_token_pruner
+from qtuning_trl.pruners import register_sample_pruner
 from qtuning_trl.pruners.samples import Pool, q_tuning
 
 
@@ -98,24 +97,3 @@ def _one_side(pool: Pool, sign: float) -> SampleSelection:
     error, uncertainty = (torch.from_numpy(rankdata(values)) for values in (pool.perplexity, pool.entropy))
     keep = pool.keep_highest(sign * (error - uncertainty))
     return replace(selection, keep=keep, filled=keep & (selection.quadrant == 0), prune_tokens=keep & (sign > 0))
-
-
-@register_token_pruner("importance", needs=["scores"])
-def importance(answers: Answers) -> torch.Tensor:
-    """
-    Tokens drawn by the size of their gradient, and weighted so that the expected gradient is that of all tokens.
-
-    Size: 1 - p(token), the gradient at the logits to within a factor of sqrt(2). Priority sampling (Duffield, Lund and
-    Thorup 2007): the highest `size / u` are kept, u uniform; with t the highest of those that are not, a kept token
-    stands for `max(1, t / size)`. The loss is divided by the kept tokens, so the weights hold their share of all.
-    """
-    assert answers.nll is not None
-    size = (1 - (-answers.nll).exp()).clamp(min=0.02)
-    lots = torch.rand(size.shape, generator=answers.generator, dtype=torch.float64).clamp(min=1e-12)
-    priority = size / lots
-    keep = answers.keep_lowest(-priority)
-    left_out = answers.answer_mask & ~keep
-    threshold = float(priority[left_out].max()) if left_out.any() else 0.0
-    weight = (threshold / size).clamp(min=1.0)
-    weight[answers.protected] = 1.0  # always kept
-    return keep * weight * (int(keep.sum()) / int(answers.answer_mask.sum()))
