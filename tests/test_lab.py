@@ -26,7 +26,8 @@ from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_
 REPOSITORY = Path(__file__).parents[1]
 # Where Q-Tuning has rows of other names, or none.
 WITHOUT_Q_TUNING = tuple(
-    f"compare_{name}" for name in ("sums_4_pools", "sums_2_stop", "smollm2_rates", "smollm2_seconds")
+    f"compare_{name}"
+    for name in ("sums_4_pools", "sums_2_stop", "smollm2_rates", "smollm2_seconds", "smollm2_epochs_seconds")
 )
 COMPARISONS = sorted((REPOSITORY / "recipes" / "lab").glob("compare_*.yaml"))
 
@@ -113,7 +114,7 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
             compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 100, 130, 240)
+            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 72, 100, 130, 160, 240)
     assert ("full data", "100x100") in seen
     assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in WITHOUT_Q_TUNING
 
