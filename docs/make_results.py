@@ -23,9 +23,13 @@ PICTURE = DOCS / "smollm2_seconds.png"
 BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
 # In the order of the page.
 NAMES = (
+    "smollm2_epochs",
+    "smollm2_epochs_swapped",
+    "smollm2_epochs_seconds",
+    "smollm2_epochs_rates",
+    "smollm2_squad",
     "smollm2_gsm8k",
     "smollm2_gsm8k_swapped",
-    "smollm2_squad",
     "smollm2_seconds",
     "smollm2_rates",
     "sums_2_tokens",
@@ -47,10 +51,11 @@ NAMES = (
     "sums_4_pools",
 )
 # The README's table: the study of the real model, and what it shows of it; the page has all rows.
-README_STUDY, README_SWAPPED = "smollm2_gsm8k", "smollm2_gsm8k_swapped"
+README_STUDY, README_SWAPPED, README_SECONDS = "smollm2_epochs", "smollm2_epochs_swapped", "smollm2_epochs_seconds"
+QUARTER = "random + importance (a quarter)"
 README_ROWS = (
-    ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "random + none", "random + hardest", "random + uncertain",
-    "q_tuning + none", "perplexity_middle + none",
+    ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "q_tuning + none", "random + none", "random + random",
+    "random + hardest", "random + importance", QUARTER,
 )  # fmt: skip
 
 INTRODUCTION = """# Results
@@ -136,55 +141,64 @@ def figures_table(content: dict[str, Any]) -> str | None:
 
 def readme_table(contents: dict[str, dict[str, Any]]) -> str:
     """The README's table: the real model, and how it ends on the same data with a fifth of the answers swapped."""
-    study, swapped = contents[README_STUDY], contents.get(README_SWAPPED)
-    tables = [{row["pruner"]: row for row in rows_from_json(content)} for content in (study, swapped or {"rows": []})]
+    study, swapped = contents[README_STUDY], contents[README_SWAPPED]
+    tables = [{row["pruner"]: row for row in rows_from_json(content)} for content in (study, swapped)]
     lines = [
-        "| samples + tokens | answer tokens | CPU seconds | held-out loss | final answers: greedy | sampled "
+        "| samples + tokens | seeds | answer tokens | CPU seconds | held-out loss | calculations right | when sampled "
         "| loss, 20% of the answers swapped |",
-        f"|{'---|' * 7}",
+        f"|{'---|' * 8}",
     ]
     for pruner in README_ROWS:
         row = tables[0][pruner]
-        runs = [run for run in study["runs"] if run["pruner"] == pruner]
-        sampled = Estimate.of([run["figures"]["sampled_accuracy"] for run in runs])
+        runs = runs_of(study, pruner)
+        greedy, sampled = (
+            Estimate.of([run["figures"][name] for run in runs]) for name in ("calculations", "sampled_calculations")
+        )
         cells = [
+            f"{len(runs)}",
             "-" if row["kept_tokens"] is None else f"{row['kept_tokens']:.1%}",
-            f"{sum(run['cpu_seconds'] for run in runs) / len(runs):.0f}",
+            f"{mean(runs, 'cpu_seconds'):.0f}",
             shown(row["eval_loss"], "eval_loss"),
-            shown(row["accuracy"], "accuracy"),
+            shown(greedy, "accuracy"),
             shown(sampled, "accuracy"),
             shown(tables[1].get(pruner, {}).get("eval_loss"), "eval_loss"),
         ]
         lines.append(f"| {pruner} | {' | '.join(cells)} |")
-    seeds = [len(row["seeds"]) for name, row in tables[0].items() if name in README_ROWS and name != ZERO_SHOT]
-    counts = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
-    lines += ["", f"Mean and half of the 95% interval over {counts} seeds (no interval: one); losses in nats a token."]
+    lines += ["", "Means and half of the 95% interval over seeds (no interval: one); losses in nats a token."]
     return "\n".join(lines)
 
 
+def runs_of(content: dict[str, Any], pruner: str) -> list[dict[str, Any]]:
+    """The runs of a row."""
+    return [run for run in content["runs"] if run["pruner"] == pruner]
+
+
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Of what each of these has."""
+    return sum(run[key] for run in runs) / len(runs)
+
+
 def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
-    """Held-out loss against time: as lines the runs at equal seconds, as points those at equal steps (means)."""
+    """Held-out loss against time, means over seeds: at equal steps, and, dashed, of more and smaller ones."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
-    start = next(run["eval_loss"] for run in contents[README_STUDY]["runs"] if run["pruner"] == ZERO_SHOT)
-    for run in contents["smollm2_seconds"]["runs"]:
-        if run["pruner"] != ZERO_SHOT and run["seed"] == 0:
-            points = [(0.0, start)] + [(point["cpu_seconds"], point["eval_loss"]) for point in run["curve"]]
-            if points[-1][0] < run["cpu_seconds"]:
-                points.append((run["cpu_seconds"], run["eval_loss"]))
-            color = "black" if run["pruner"] == FULL_DATA else None
-            axes.plot(*zip(*points, strict=True), marker=".", label=f"{run['pruner']} (seed 0)", color=color)
-    markers = iter("osv^DPX*")
-    for pruner in README_ROWS:
-        runs = [run for run in contents[README_STUDY]["runs"] if run["pruner"] == pruner]
-        if pruner in (ZERO_SHOT, FULL_DATA):
+    start = runs_of(contents[README_STUDY], ZERO_SHOT)[0]["eval_loss"]
+    longer = dict.fromkeys(run["pruner"] for run in contents[README_SECONDS]["runs"])
+    rows = [(README_STUDY, pruner, "-") for pruner in README_ROWS]
+    rows += [(README_SECONDS, pruner, "--") for pruner in longer if pruner != FULL_DATA]
+    colors = iter(f"C{number}" for number in range(len(rows)))
+    for name, pruner, style in rows:
+        runs = runs_of(contents[name], pruner)
+        if pruner == ZERO_SHOT:
             continue
-        seconds, loss = (sum(run[key] for run in runs) / len(runs) for key in ("cpu_seconds", "eval_loss"))
-        color = "tab:red" if pruner.startswith("q_tuning") else "tab:gray"
-        label = f"{pruner}, {runs[0]['steps']} steps"
-        axes.plot(seconds, loss, next(markers), color=color, label=label, markersize=7)
-    axes.set(ylim=(0.6, 1.1), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
+        points = [(0.0, start)]
+        for at_once in zip(*(run["curve"] for run in runs), strict=True):
+            points.append((mean(list(at_once), "cpu_seconds"), mean(list(at_once), "eval_loss")))
+        color = "black" if pruner == FULL_DATA else next(colors)
+        label = f"{pruner}, {runs[0]['steps']} steps" if style == "-" else pruner
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=label, color=color)
+    axes.set(ylim=(0.62, 1.0), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(contents[README_STUDY]["title"], fontsize=10)

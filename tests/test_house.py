@@ -73,10 +73,10 @@ def test_no_modules_import_each_other_in_a_circle():
     [
         ("method", ()),
         ("pruners", ("method",)),
-        ("host", ("config",)),
+        ("host", ("config", "errors")),
         ("step", ("method", "pruners", "config", "host")),
-        ("plan", ("method", "config", "data", "demo", "host", "step")),
-        ("records", ("method", "config", "step")),
+        ("plan", ("method", "config", "data", "demo", "errors", "host", "step")),
+        ("records", ("method", "config", "errors", "step")),
         ("report", ("records",)),
     ],
 )

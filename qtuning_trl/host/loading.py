@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import QTuningSFTConfig
-from .errors import cause
+from ..errors import cause
 from .modes import without_zero3
 
 

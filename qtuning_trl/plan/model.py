@@ -13,7 +13,7 @@ from trl import ModelConfig, get_peft_config
 
 from .. import demo
 from ..config import QTuningSFTConfig
-from ..host.errors import cause
+from ..errors import cause
 
 # Quantized weights have one scale a block, and nested quantization one scale for so many of these.
 NESTED_BLOCK = 256

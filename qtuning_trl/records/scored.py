@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import cause
 from ..step.sample import IGNORE, SAMPLE_ID
 from .run import THRESHOLDS
 
@@ -124,14 +125,9 @@ class ScoredReader:
             return AutoTokenizer.from_pretrained(self.tokenizer_name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(
-                f"`--tokenizer` is {self.tokenizer_name!r}, which cannot be loaded ({_cause(error)}): give the model "
+                f"`--tokenizer` is {self.tokenizer_name!r}, which cannot be loaded ({cause(error)}): give the model "
                 "that scored the file, by its name or folder."
             ) from None
-
-
-def _cause(error: Exception) -> str:
-    """The first sentence of a library's error, as `host.errors` has it, a room that records do not know."""
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
 def _open(path: Path) -> "Dataset":
@@ -151,7 +147,7 @@ def _open(path: Path) -> "Dataset":
             return Dataset.from_json(str(path))
     except Exception as error:  # whatever the readers below raise at what is broken
         raise ValueError(
-            f"{str(path)!r} cannot be read ({_cause(error)}): give a run's `output_dir`, or what `qtuning score` wrote."
+            f"{str(path)!r} cannot be read ({cause(error)}): give a run's `output_dir`, or what `qtuning score` wrote."
         ) from None
     finally:
         if bars:

@@ -25,9 +25,9 @@ from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_f
 from ..config import QTuningSFTConfig
 from ..data import load_data, map_columns, pick_split, recognize
 from ..early import check_early
+from ..errors import cause
 from ..files import refuse_unusable_files
 from ..host.checkpoints import checkpoint_to_resume, explained_if_full
-from ..host.errors import cause
 from ..recipes import Parsed, RecipeParser
 from ..values import refuse_missing_extras
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..host.errors import cause
+from ..errors import cause
 from .evaluation_record import (
     ALIGNMENT,
     BY_TASK,

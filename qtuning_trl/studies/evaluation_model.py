@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import demo
-from ..host.errors import cause
+from ..errors import cause
 
 if TYPE_CHECKING:
     from peft import PeftModel
