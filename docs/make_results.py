@@ -26,6 +26,8 @@ NAMES = (
     "smollm2_epochs",
     "smollm2_epochs_swapped",
     "smollm2_epochs_seconds",
+    "smollm2_epochs_budgets",
+    "smollm2_epochs_long",
     "smollm2_epochs_rates",
     "smollm2_squad",
     "smollm2_gsm8k",

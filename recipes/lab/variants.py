@@ -1,5 +1,6 @@
 """
-Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`.
+Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; and random samples
+whose budget changes over the run, of `compare_smollm2_epochs_budgets.yaml`.
 
 ```bash
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_sums_2_variants.yaml
@@ -13,7 +14,7 @@ from scipy.stats import rankdata
 
 from qtuning_trl.method import SampleSelection, budget_size, descending, select_samples
 from qtuning_trl.pruners import register_sample_pruner
-from qtuning_trl.pruners.samples import Pool, q_tuning
+from qtuning_trl.pruners.samples import Pool, q_tuning, random
 
 
 @register_sample_pruner("fill_by_rank", needs=["scores"])
@@ -97,3 +98,26 @@ def _one_side(pool: Pool, sign: float) -> SampleSelection:
     error, uncertainty = (torch.from_numpy(rankdata(values)) for values in (pool.perplexity, pool.entropy))
     keep = pool.keep_highest(sign * (error - uncertainty))
     return replace(selection, keep=keep, filled=keep & (selection.quadrant == 0), prune_tokens=keep & (sign > 0))
+
+
+@register_sample_pruner("random_growing")
+def random_growing(pool: Pool) -> torch.Tensor:
+    """Random samples, few at first: from none to twice the budget, which is met over the run."""
+    return _random(pool, 2 * pool.progress * pool.sample_ratio)
+
+
+@register_sample_pruner("random_shrinking")
+def random_shrinking(pool: Pool) -> torch.Tensor:
+    """Random samples, many at first: from twice the budget to none, which is met over the run."""
+    return _random(pool, 2 * (1 - pool.progress) * pool.sample_ratio)
+
+
+@register_sample_pruner("random_after_warmup")
+def random_after_warmup(pool: Pool) -> torch.Tensor:
+    """All samples until half of the run's budget is spent, then random ones from the other half."""
+    warmup = pool.sample_ratio / 2
+    return _random(pool, 1.0 if pool.progress < warmup else warmup / (1 - warmup))
+
+
+def _random(pool: Pool, ratio: float) -> torch.Tensor:
+    return random(replace(pool, sample_ratio=ratio))
