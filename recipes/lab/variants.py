@@ -1,6 +1,6 @@
 """
-Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; and random samples
-whose budget changes over the run, of `compare_smollm2_epochs_budgets.yaml`.
+Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; and random
+samples whose budget changes over the run, of `compare_smollm2_epochs_budgets.yaml`.
 
 ```bash
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_sums_2_variants.yaml
