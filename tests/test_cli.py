@@ -147,7 +147,7 @@ BAD_RECIPES = [
     ({"learning_rate": True}, "`learning_rate` in {path} is True: give a number."),
     ({"seed": 1.5}, "`seed` in {path} is 1.5: give a whole number."),
     ({"use_peft": "maybe"}, "`use_peft` in {path} is 'maybe': give true or false."),
-    ({"token_pruning": "delete"}, "`token_pruning` in {path} is 'delete': give one of mask, drop."),
+    ({"token_pruning": "delete"}, "`token_pruning` in {path} is 'delete': give one of mask, drop, loss."),
     ({"dtype": "bf16"}, "`dtype` in {path} is 'bf16': give one of auto, bfloat16, float16, float32."),
     ({"num_processes": "two"}, "num_processes"),
     ({"multi_gpu": "both"}, "`multi_gpu` is 'both': give true or false."),

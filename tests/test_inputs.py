@@ -203,7 +203,7 @@ def test_rows_cut_off_by_max_length_are_reported(tmp_path, tokenizer, caplog):
         ({"sample_ratio": float("nan")}, "`sample_ratio` is nan"),
         ({"token_ratio": 12.5}, r"`token_ratio` is 12.5: .* \(did you mean 0.125\?\)"),
         ({"neighbor_weight": 2.0}, "`neighbor_weight` is 2.0: give a weight from 0 to 1"),
-        ({"token_pruning": "delete"}, "`token_pruning` is 'delete': choose one of 'mask', 'drop'"),
+        ({"token_pruning": "delete"}, "`token_pruning` is 'delete': choose one of 'mask', 'drop', 'loss'"),
         ({"selection_scope": "node"}, "`selection_scope` is 'node': choose one of 'process', 'all_processes'"),
         ({"pool_factor": 0}, "`pool_factor` is 0: give a whole number of at least 1"),
         ({"pool_factor": 4, "sample_ratio": 0.5}, "their product must not exceed 1.* set `pool_factor` to 2 or less"),

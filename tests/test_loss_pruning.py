@@ -95,15 +95,17 @@ def test_a_budget_is_split_exactly_and_never_beyond_a_part(sizes, budget):
     assert all(0 <= part <= size for part, size in zip(parts, sizes, strict=True))
 
 
-def test_a_killed_run_goes_on_bit_equal_with_a_pruner_that_draws_and_weighs(tmp_path, tokenizer, prompt_completion):
+def test_a_killed_run_goes_on_bit_equal_with_a_pruner_that_draws_and_weighs(
+    tmp_path, tokenizer, prompt_completion, own_pruners
+):
     """A pruner may return weights; and what it draws depends on seed and step alone."""
 
-    @register_token_pruner(f"weighted_{tmp_path.name}", needs=["scores"])
+    @register_token_pruner("weighted", needs=["scores"])
     def weighted(answers):
         lots = torch.rand(answers.answer_mask.shape, generator=answers.generator, dtype=torch.float64)
         return 2.0 * answers.keep_lowest(lots / answers.nll)
 
-    options = {**HARDEST, "token_pruner": f"weighted_{tmp_path.name}", "max_steps": 4, "num_train_epochs": 4}
+    options = {**HARDEST, "token_pruner": "weighted", "max_steps": 4, "num_train_epochs": 4}
     whole = make_trainer(tmp_path / "whole", tokenizer, prompt_completion, dropout=0.1, **options)
     whole.train()
 
@@ -119,8 +121,8 @@ def test_a_killed_run_goes_on_bit_equal_with_a_pruner_that_draws_and_weighs(tmp_
     assert_same_weights(resumed, whole)
 
 
-def test_a_pruner_that_misses_the_budget_is_told_so(tmp_path, tokenizer, prompt_completion):
-    name = f"greedy_{tmp_path.name}"
+def test_a_pruner_that_misses_the_budget_is_told_so(tmp_path, tokenizer, prompt_completion, own_pruners):
+    name = "greedy"
     register_token_pruner(name, needs=["scores"])(lambda answers: answers.answer_mask)
     options = {**HARDEST, "token_pruner": name, "max_steps": 1}
     trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **options)

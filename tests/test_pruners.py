@@ -25,8 +25,8 @@ ENDS = [f"{axis}_{part}" for axis in ("entropy", "perplexity") for part in ("hig
 CODE = ["q_tuning_code", "longest_code", "entropy_code"]  # the authors' (tests/test_authors_code.py)
 SAMPLES = ["q_tuning", "random", "longest", *ENDS, "excess", "infobatch", "column", *CODE, "none"]
 TOKENS = [
-    "q_tuning", "random", "easiest", "hardest", "uncertain", "rho1", "token_cleaning", "fastv", "sparsevlm",
-    "q_tuning_code", "none",
+    "q_tuning", "random", "easiest", "hardest", "uncertain", "importance", "rho1", "token_cleaning", "fastv",
+    "sparsevlm", "q_tuning_code", "none",
 ]  # fmt: skip
 RANKED_TOGETHER = ("rho1", "token_cleaning")
 
@@ -125,7 +125,7 @@ def test_a_column_of_marks_keeps_exactly_the_marked():
 def test_every_token_pruner_meets_the_budget_exactly(name, ratio):
     for seed, samples, positions in ((0, 1, 1), (1, 1, 9), (2, 5, 7), (3, 12, 30)):
         answers = make_answers(samples, positions, ratio, seed)
-        keep = pruners.token_pruner(name).prune(answers)
+        keep = pruners.token_pruner(name).prune(answers) != 0  # what is weighted is kept
         assert not bool((keep & ~answers.answer_mask).any())
         assert bool((keep | ~answers.protected).all())
         counts = answers.answer_mask.sum(dim=1), answers.protected.sum(dim=1), keep.sum(dim=1)
