@@ -101,6 +101,7 @@ def launch(arguments: Sequence[str]) -> int:
     """
     import logging
 
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -108,7 +109,9 @@ def launch(arguments: Sequence[str]) -> int:
     launch_parser = launch_command_parser()
     launch_parser.error = _refuse_launch_arguments
     launch_args = launch_parser.parse_args(list(arguments))
-    _say_one_process(launch_args)
+    if not torch.accelerator.is_available() or launch_args.cpu:
+        _say_one_process(launch_args)
+        _use_the_cores(launch_args)
     if not wants_traceback():
         logging.disable(logging.ERROR)  # torchrun logs a page about each process that ends
     try:
@@ -133,17 +136,33 @@ def _refuse_launch_arguments(message: str) -> None:
 
 def _say_one_process(arguments: argparse.Namespace) -> None:
     """accelerate starts one process on a CPU, however many are asked for, unless it is told to launch several."""
-    import torch
-
-    several = arguments.multi_gpu or arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
-    on_cpu = arguments.cpu or not torch.accelerator.is_available()
-    if (arguments.num_processes or 1) > 1 and on_cpu and not (several and not arguments.cpu) and not arguments.tpu:
+    if (arguments.num_processes or 1) > 1 and not _several(arguments) and not arguments.tpu:
         print(
             f"qtuning: `num_processes` is {arguments.num_processes}, and accelerate starts one process on a CPU; for "
             f"{arguments.num_processes}: ACCELERATE_USE_CPU=true qtuning ... --multi_gpu --num_processes "
             f"{arguments.num_processes}",
             file=sys.stderr,
         )
+
+
+def _several(arguments: argparse.Namespace) -> bool:
+    """Whether accelerate starts more than one process on a CPU."""
+    several = arguments.multi_gpu or arguments.use_deepspeed or arguments.use_fsdp or arguments.use_megatron_lm
+    return bool(several and not arguments.cpu)
+
+
+def _use_the_cores(arguments: argparse.Namespace) -> None:
+    """
+    Give each process on a CPU as many threads as PyTorch would take; accelerate gives it one, unless a configuration
+    says that there is no GPU. `OMP_NUM_THREADS` and `--num_cpu_threads_per_process` have their say.
+    """
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    configured = arguments.config_file is not None or os.path.isfile(default_config_file)
+    if arguments.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ and not configured:
+        here = -(-(arguments.num_processes or 1) // (arguments.num_machines or 1)) if _several(arguments) else 1
+        arguments.num_cpu_threads_per_process = max(1, torch.get_num_threads() // here)
 
 
 def _exit_status(returncode: int) -> int:

@@ -234,6 +234,25 @@ def test_launch_options_go_to_accelerate_and_the_rest_to_the_script(recipe, monk
     assert given.training_script_args == ["--config", path, "--seed", "2", "--budget=50x70"]
 
 
+def test_a_run_on_a_cpu_has_all_its_cores(tmp_path, monkeypatch, capfd):
+    """accelerate would leave it one; two processes share them."""
+    (tmp_path / "count_threads.py").write_text("import torch\nprint('threads', torch.get_num_threads())\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    assert cli.launch(["--module", "count_threads"]) == 0
+    assert capfd.readouterr().out.split() == ["threads", "2"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli.launch(["--module", "count_threads"]) == 0
+    assert capfd.readouterr().out.split() == ["threads", "1"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert cli.launch(["--num_processes", "2", "--multi_gpu", "--module", "count_threads"]) == 0
+    assert launched[0].num_cpu_threads_per_process == 1
+
+
 def test_trls_accelerate_configs_are_known(recipe, monkeypatch):
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
