@@ -1,6 +1,6 @@
 """Token pruning inside the loss: the training forward itself says which answer tokens it is trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -12,8 +12,8 @@ from transformers import TrainerState
 from ..config import QTuningSFTConfig
 from ..method import budget_size
 from ..pruners import Answers, token_pruner
-from .sample import Sample, answer_lengths, answer_mask, protected_mask
-from .selection import step_generator
+from .sample import Sample, answer_lengths
+from .selection import bare_answers, compared_together, step_generator
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class LossPruner:
     accelerator: Accelerator
     protected_ids: set[int]  # tokens that are never pruned
 
+    def __post_init__(self) -> None:
+        self.token_pruner = token_pruner(self.args.token_pruner)
+
     def budgets(self, pool_tokens: int, micro_batches: list[list[Sample]]) -> list[LossBudget]:
         """
         How many tokens stay in each micro-batch, known before any forward: the loss is divided by their sum.
@@ -57,7 +60,7 @@ class LossPruner:
         pooled: list[int | None] = [None] * len(micro_batches)
         if self.args.token_budget == "pool":
             sizes = [sum(answer_lengths(samples)) for samples in micro_batches]
-            together = self.args.selection_scope == "all_processes" and self.accelerator.num_processes > 1
+            together = compared_together(self.args, self.accelerator)
             parts = gather_object([(pool_tokens, sizes)]) if together else [(pool_tokens, sizes)]
             asked = budget_size(self.args.sample_ratio * self.args.token_ratio, sum(part[0] for part in parts))
             shares = split_budget(asked, [size for part in parts for size in part[1]])
@@ -89,7 +92,7 @@ class LossPruner:
         """
         generator = step_generator(self.args, state, self.accelerator.process_index, budget.place, 2)
         answers = self._answers(samples, budget.pooled, generator, -log_probs, entropy)
-        keep: Tensor = token_pruner(self.args.token_pruner).prune(answers)[answers.answer_mask]
+        keep: Tensor = self.token_pruner.prune(answers)[answers.answer_mask]
         kept = int(keep.count_nonzero())
         if kept != budget.tokens:
             raise ValueError(
@@ -107,25 +110,15 @@ class LossPruner:
         nll: Tensor | None = None,
         entropy: Tensor | None = None,
     ) -> Answers:
-        mask = answer_mask(samples)
+        answers = bare_answers(self.args, samples, self.protected_ids, generator, budget)
+        mask = answers.answer_mask
 
         def by_column(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
             return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values.double().cpu())
 
-        return Answers(
-            answer_mask=mask,
-            protected=protected_mask(samples, self.protected_ids, mask.shape),
-            token_ratio=self.args.token_ratio,
-            generator=generator,
-            lengths=torch.tensor([len(sample) for sample in samples], dtype=torch.int64),
-            sample_ratio=self.args.sample_ratio,
-            budget=budget,
-            neighbor_weight=self.args.neighbor_weight,
-            nll=by_column(nll),
-            entropy=by_column(entropy),
-        )
+        return replace(answers, nll=by_column(nll), entropy=by_column(entropy))
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:

@@ -102,7 +102,7 @@ class Selector:
     @property
     def _together(self) -> bool:
         """Whether the candidates of several processes are compared with each other."""
-        return self.args.selection_scope == "all_processes" and self.accelerator.num_processes > 1
+        return compared_together(self.args, self.accelerator)
 
     # Stage 1
 
@@ -269,22 +269,16 @@ class Selector:
             asked = budget_size(self.args.sample_ratio * self.args.token_ratio, in_pool)
             budget = max(0, asked - whole)
         attends = "attention" in self.args.token_needs
-        return Answers(
-            answer_mask=mask,
-            protected=protected_mask(samples, self.protected_ids, mask.shape),
-            token_ratio=self.args.token_ratio,
-            generator=generator,
-            lengths=torch.tensor([len(sample) for sample in samples], dtype=torch.int64),
-            sample_ratio=self.args.sample_ratio,
-            budget=budget,
+        of_tokens: dict[str, Any] = {name: value[rows, : mask.shape[1]] for name, value in values.items()}
+        return replace(
+            bare_answers(self.args, samples, self.protected_ids, generator, budget),
             sequence_tokens=of_sequences,
             survivor_tokens=of_survivors,
             gather=(lambda value: gather_object([value])) if self._together else (lambda value: [value]),
             process=self.accelerator.process_index if self._together else 0,
-            neighbor_weight=self.args.neighbor_weight,
             attention=partial(self._attention, model, samples) if attends else None,
             embeddings=partial(self._embeddings, model, samples) if attends else None,
-            **{name: value[rows, : mask.shape[1]] for name, value in values.items()},
+            **of_tokens,
         )
 
     def _attention(self, model: PreTrainedModel, samples: list[Sample], layer: int) -> list[Tensor]:
@@ -309,6 +303,32 @@ class Selector:
                 for keep, index in zip(self.token_pruner.prune(of_group).numpy(), indices, strict=False):
                     survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
         return replace(selection, survivors=survivors)
+
+
+def compared_together(args: QTuningSFTConfig, accelerator: Accelerator) -> bool:
+    """Whether the candidates of several processes are compared with each other."""
+    return args.selection_scope == "all_processes" and accelerator.num_processes > 1
+
+
+def bare_answers(
+    args: QTuningSFTConfig,
+    samples: list[Sample],
+    protected_ids: set[int],
+    generator: torch.Generator,
+    budget: int | None,
+) -> Answers:
+    """Answers of some samples as a token pruner takes them, without any values of their tokens."""
+    mask = answer_mask(samples)
+    return Answers(
+        answer_mask=mask,
+        protected=protected_mask(samples, protected_ids, mask.shape),
+        token_ratio=args.token_ratio,
+        generator=generator,
+        lengths=torch.tensor([len(sample) for sample in samples], dtype=torch.int64),
+        sample_ratio=args.sample_ratio,
+        budget=budget,
+        neighbor_weight=args.neighbor_weight,
+    )
 
 
 def step_generator(args: QTuningSFTConfig, state: TrainerState, *place: int) -> torch.Generator:
