@@ -14,7 +14,7 @@ import yaml
 from conftest import tiny_llama
 from datasets import Dataset
 from test_trainer import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
 from qtuning_trl.demo.lab import NOISE, corrupted, make_gsm8k, make_sums
@@ -185,6 +185,18 @@ def test_squads_answers_are_those_that_the_model_writes(smollm2, tmp_path, token
     figures = smollm2.squad(trainer)
     assert figures["accuracy"] == pytest.approx(2 / 3)
     assert figures["f1"] == pytest.approx(2 / 3)
+
+    set_seed(0)
+    inputs = tokenizer([row["prompt"] for row in said], return_tensors="pt", padding=True, padding_side="left")
+    sampled = trainer.model.generate(**inputs, max_new_tokens=16, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0)
+    entropies = []
+    for prompt, ids in zip(inputs["input_ids"], sampled, strict=True):
+        new = ids[len(prompt) :].tolist()
+        new = new[: new.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in new else new
+        prompt = [token for token in prompt.tolist() if token != tokenizer.pad_token_id]
+        log_probs = log_probs_of(trainer.model, prompt + new, len(prompt))
+        entropies += (-(log_probs.exp() * log_probs).sum(dim=-1)).tolist()
+    assert figures["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 
 
 def test_the_results_page_is_what_the_committed_results_make():

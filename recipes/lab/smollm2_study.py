@@ -30,6 +30,7 @@ MARK = "####"  # GSM8K's final answers follow it
 CALCULATION = re.compile(r"<<[^<>=]*=([^<>]*)>>")  # GSM8K's own marks: <<48/2=24>>
 TEMPERATURES = (0.7, 0.5)
 GREEDY = {"do_sample": False}
+WHOLE = {"top_k": 0, "top_p": 1.0}  # sampling from all words
 NEW_TOKENS = 16  # SQuAD's answers are shorter
 
 
@@ -40,42 +41,49 @@ def gsm8k(trainer: Any) -> dict[str, float]:
     Returns:
         `dict`: `accuracy`, the share of rows all of whose tokens after `####` (the end token left out) are the model's
         first choice; `sampled_accuracy`, the mean probability of sampling them all at temperature 1, and
-        `sampled_accuracy_T` at lower ones; `calculations` and `sampled_calculations`, the same of the results
-        `<<48/2=24>>`, over all calculations of all rows; `entropy`, of the model's next word, the mean over all tokens
-        of the answers, in nats; and the losses of [`others`].
+        `sampled_accuracy_T` at lower ones; `calculations`, `sampled_calculations` and `sampled_calculations_T`, the
+        same of the results `<<48/2=24>>`, over all calculations of all rows; `entropy`, of the model's next word, the
+        mean over all tokens of the answers, in nats; and the losses of [`others`].
     """
     tokenizer = trainer.processing_class
     rows = [
         (row["input_ids"], next(i for i, label in enumerate(row["labels"]) if label != -100))
         for row in trainer.eval_dataset
     ]
-    greedy: list[bool] = []
-    sampled: dict[float, list[float]] = {1.0: [], **{temperature: [] for temperature in TEMPERATURES}}
-    calculated: list[tuple[bool, float]] = []
+    answers: list[dict[str, float]] = []
+    calculations: list[dict[str, float]] = []
     entropies = []
     for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True):
         log_probs = logits.log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
-        for result in results_of_calculations([tokenizer.decode(token) for token in ids[first:]]):
-            tokens, places = torch.tensor(ids[first:])[result], log_probs[result]
-            probability = float(places.gather(1, tokens[:, None]).sum().exp())
-            calculated.append((bool((places.argmax(dim=-1) == tokens).all()), probability))
+        tokens = torch.tensor(ids[first:])
+        for result in results_of_calculations([tokenizer.decode(token) for token in tokens]):
+            calculations.append(_chances(logits[result], tokens[result], "calculations"))
         end = len(ids) - 1 if ids[-1] == tokenizer.eos_token_id else len(ids)
         start = next(i for i in range(end, 0, -1) if MARK in tokenizer.decode(ids[i - 1 : end]))
-        logits, answer = logits[start - first : end - first], torch.tensor(ids[start:end])
-        greedy.append(bool((logits.argmax(dim=-1) == answer).all()))
-        for temperature, found in sampled.items():
-            chosen = (logits / temperature).log_softmax(dim=-1).gather(1, answer[:, None])
-            found.append(float(chosen.sum().exp()))
+        answer = slice(start - first, end - first)
+        answers.append(_chances(logits[answer], tokens[answer], "accuracy"))
     return {
-        "accuracy": sum(greedy) / len(greedy),
-        "sampled_accuracy": sum(sampled[1.0]) / len(greedy),
-        **{f"sampled_accuracy_{t}": sum(sampled[t]) / len(greedy) for t in TEMPERATURES},
-        "calculations": sum(right for right, _ in calculated) / max(len(calculated), 1),
-        "sampled_calculations": sum(probability for _, probability in calculated) / max(len(calculated), 1),
+        **_means(answers),
+        **_means(calculations),
         "entropy": float(torch.cat(entropies).mean()),
         **others(trainer, ("instructions", "squad")),
     }
+
+
+def _chances(logits: torch.Tensor, tokens: torch.Tensor, name: str) -> dict[str, float]:
+    """Whether all of these tokens are the first choice, and how probable they are together, at lower temperatures too."""
+
+    def probability(temperature: float) -> float:
+        return float((logits / temperature).log_softmax(dim=-1).gather(1, tokens[:, None]).sum().exp())
+
+    first_choice = float((logits.argmax(dim=-1) == tokens).all())
+    cooler = {f"sampled_{name}_{temperature}": probability(temperature) for temperature in TEMPERATURES}
+    return {name: first_choice, f"sampled_{name}": probability(1.0), **cooler}
+
+
+def _means(figures: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in figures) / len(figures) for name in (figures[0] if figures else ())}
 
 
 def results_of_calculations(texts: list[str]) -> list[list[int]]:
@@ -91,7 +99,9 @@ def squad(trainer: Any) -> dict[str, float]:
 
     Returns:
         `dict`: `accuracy` (exact match) and `f1` of greedy answers, `sampled_accuracy` and `sampled_f1` at
-        temperature 1 (SQuAD's metric as in lm-eval, the best of the reference answers); and the losses of [`others`].
+        temperature 1 and `sampled_accuracy_T`, `sampled_f1_T` at lower ones (SQuAD's metric as in lm-eval, the best of
+        the reference answers); `entropy`, of the model's next word in answers sampled at temperature 1, the mean over
+        their tokens, in nats; and the losses of [`others`].
     """
     from lm_eval.tasks.super_glue.record.t5_utils import squad_em_agg, squad_f1_agg
     from transformers import set_seed
@@ -100,27 +110,43 @@ def squad(trainer: Any) -> dict[str, float]:
     model.eval()
     rows = read_rows(FOLDER / "squad" / "test.jsonl")
     figures: dict[str, float] = {}
-    for prefix, sample in (("", False), ("sampled_", True)):
+    for temperature in (None, 1.0, *TEMPERATURES):
         set_seed(0)
-        exact, f1 = [], []
+        exact, f1, entropies = [], [], []
         for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
             inputs = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True, padding_side="left")
             with torch.no_grad(), trainer.accelerator.autocast():
-                ids = model.generate(
+                output = model.generate(
                     **inputs.to(model.device),
-                    **({"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else GREEDY),
+                    **({"do_sample": True, "temperature": temperature, **WHOLE} if temperature else GREEDY),
                     max_new_tokens=NEW_TOKENS,
                     pad_token_id=tokenizer.pad_token_id,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
-            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(batch, texts, strict=True):
-                said = text.strip().split("\n")[0]
+            ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+            log_probs = torch.stack(output.logits, dim=1).float().log_softmax(dim=-1)
+            for row, tokens, of_row in zip(batch, ids, -(log_probs.exp() * log_probs).sum(dim=-1), strict=True):
+                said = tokenizer.decode(tokens, skip_special_tokens=True).strip().split("\n")[0]
                 # Its items are a prediction, and a reference after the number of its question.
                 pairs = [(said, "0_" + answer.replace("_", " ")) for answer in row["answers"]]
                 exact.append(squad_em_agg(pairs))
                 f1.append(squad_f1_agg(pairs))
-        figures[f"{prefix}accuracy"], figures[f"{prefix}f1"] = float(sum(exact)) / len(rows), float(sum(f1)) / len(rows)
+                entropies.append(of_row[: _answer_length(tokenizer, tokens)])
+        name, at = ("", "") if temperature is None else ("sampled_", "" if temperature == 1.0 else f"_{temperature}")
+        figures |= {f"{name}accuracy{at}": float(sum(exact)) / len(rows), f"{name}f1{at}": float(sum(f1)) / len(rows)}
+        if temperature == 1.0:
+            figures["entropy"] = float(torch.cat(entropies).mean())
     return figures | others(trainer, ("instructions", "gsm8k"))
+
+
+def _answer_length(tokenizer: Any, tokens: torch.Tensor) -> int:
+    """Generated tokens up to the one that ends the answer: an end token, or the first with a line break after a word."""
+    for length in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:length])
+        if int(tokens[length - 1]) == tokenizer.eos_token_id or "\n" in text.lstrip():
+            return length
+    return len(tokens)
 
 
 def others(trainer: Any, names: tuple[str, ...]) -> dict[str, float]:
