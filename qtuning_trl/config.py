@@ -76,8 +76,8 @@ class QTuningSFTConfig(SFTConfig):
         default="q_tuning",
         metadata={
             "help": "Which answer tokens of the survivors stay: `'q_tuning'`, as its authors coded it "
-            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'uncertain'`, `'importance'` (needs "
-            "`token_pruning` 'loss'), `'rho1'`, `'token_cleaning'` (both need `reference_model`), `'fastv'`, "
+            "`'q_tuning_code'`, or a rival: `'random'`, `'easiest'`, `'hardest'`, `'uncertain'`, "
+            "`'importance'`, `'rho1'`, `'token_cleaning'` (both need `reference_model`), `'fastv'`, "
             "`'sparsevlm'` (both need eager attention), `'none'` (all), or a registered one of your own. Q-Tuning's "
             "samples with Q-Tuning's tokens prune Q2 alone, as in the paper; other tokens prune all survivors."
         },
@@ -296,11 +296,6 @@ class QTuningSFTConfig(SFTConfig):
         self._check_cheaper_scoring()
 
     def _check_loss_pruning(self) -> None:
-        if "weights" in self.token_needs and self.token_pruning != "loss":
-            raise ValueError(
-                f"`token_pruner` is {self.token_pruner!r}, which weights the losses of its tokens, and `token_pruning` "
-                f"is {self.token_pruning!r}: set `token_pruning` to 'loss'."
-            )
         if not self.prunes_in_loss:
             return
         if {*self.token_needs} - {"weights"} != {"scores"}:
@@ -311,9 +306,9 @@ class QTuningSFTConfig(SFTConfig):
             )
         if "scores" in self.sample_needs:
             raise ValueError(
-                f"`token_pruning` is 'loss' and `sample_pruner` is {self.sample_pruner!r}: choose a `sample_pruner` "
-                "that needs no scores, such as 'random' or 'none'; or, for tokens that are not weighted, set "
-                "`token_pruning` to 'mask', since the scores of the samples hold those of their tokens."
+                f"`token_pruning` is 'loss' and `sample_pruner` is {self.sample_pruner!r}: set `token_pruning` to "
+                "'mask', since the scores of the samples hold those of their tokens, or choose a `sample_pruner` that "
+                "needs no scores, such as 'random' or 'none'."
             )
 
     def _check_pruners(self) -> None:

@@ -50,7 +50,7 @@ from .step.loss import LossPruner
 from .step.memory import MemoryBudget
 from .step.micro_batches import Batcher, placeholder
 from .step.needs import count_needs
-from .step.sample import SAMPLE_ID, RawBatch, Sample, answer_lengths, number_rows, split_documents
+from .step.sample import SAMPLE_ID, RawBatch, Sample, answer_lengths, loss_weights, number_rows, split_documents
 from .step.score_cache import FILE_NAME as SCORES_NAME
 from .step.score_cache import ScoreCache, ScoreKeeper
 from .step.scoring import ScoredPool, Scorer, scoring_collator
@@ -321,10 +321,8 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                 if survivors and loss_budget is not None:  # first: what it sees is not weighted yet
                     choose = partial(self.loss_pruner.weights, survivors, loss_budget, self.state)
                     stack.enter_context(weighted_losses(self.model, choose))
-                if survivors and "weights" in self.selector.sample_pruner.needs:
-                    weights = torch.tensor([sample.weight for sample in survivors])
-                    tokens = weights.repeat_interleave(torch.tensor(answer_lengths(survivors)))
-                    stack.enter_context(weighted_losses(self.model, tokens))
+                if survivors and "weights" in {*self.args.sample_needs, *self.args.token_needs}:
+                    stack.enter_context(weighted_losses(self.model, loss_weights(survivors)))
                 return super(QTuningSFTTrainer, self).training_step(model, dict(inputs), num_items_in_batch)
 
         if checkpointing or self.accelerator.num_processes > 1:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from test_trainer import COMMON, Recorder, lora, losses
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-from two_processes import IN_LOSS, SCENARIOS
+from two_processes import IN_LOSS, SCENARIOS, WEIGHTED
 
 from qtuning_trl import load_record
 from qtuning_trl.method import budget_size
@@ -53,10 +53,11 @@ def test_gradient_equals_plain_sft_on_the_survivors_of_both(runs, tokenizer, tmp
     run = torch.load(runs / f"{name}.pt")
     facts = json.loads((runs / f"{name}.json").read_text())
     # A row that weighs twice as much is one that is there twice.
-    assert set(run["weights"]) == ({1.0, 2.0} if name == "infobatch" else {1.0})
+    weights = [of_tokens[0] for of_tokens in run["weights"] if of_tokens]
+    assert set(weights) == ({1.0, 2.0} if name == "infobatch" else {1.0})
     rows = run["survivors"]
     if name == "infobatch":
-        rows = [row for row, weight in zip(rows, run["weights"], strict=True) for _ in range(int(weight))]
+        rows = [row for row, weight in zip(rows, weights, strict=True) for _ in range(int(weight))]
     options = {**COMMON, "max_length": None, "max_steps": 1, "gradient_accumulation_steps": 1}
     options["per_device_train_batch_size"] = len(rows)
     plain = SFTTrainer(
@@ -94,8 +95,29 @@ def test_tokens_chosen_inside_the_loss_give_the_gradient_of_masked_ones(runs):
     assert ours["summary"]["answer_tokens"] == masked["summary"]["answer_tokens"]
 
 
+def test_gradient_is_that_of_the_weighted_tokens_of_both(runs, tokenizer, tmp_path):
+    run = torch.load(runs / "importance.pt")
+    data = Dataset.from_list(run["survivors"])
+    model = SFTTrainer(
+        tiny_llama(), SFTConfig(str(tmp_path), **COMMON), train_dataset=data, processing_class=tokenizer,
+        peft_config=lora(),
+    ).model  # fmt: skip
+    loss, weights = torch.zeros(()), [of_row for of_row in run["weights"] if of_row]
+    assert len({weight for of_row in weights for weight in of_row}) > len(weights)
+    for row, of_row in zip(run["survivors"], weights, strict=True):
+        labels = torch.tensor(row["labels"])[1:]
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        loss = loss + (torch.tensor(of_row) * losses[labels != -100]).sum()
+    loss.backward()
+    ours = torch.cat([gradient.flatten() for gradient in run["gradient"].values()])
+    expected = torch.cat([dict(model.named_parameters())[name].grad.flatten() for name in run["gradient"]])
+    # The trainer's is clipped: only its direction is compared.
+    torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
 def test_budgets_are_exact_over_both_processes(runs):
-    facts = {name: json.loads((runs / f"{name}.json").read_text()) for name in {**SCENARIOS, **IN_LOSS}}
+    facts = {name: json.loads((runs / f"{name}.json").read_text()) for name in {**SCENARIOS, **IN_LOSS, **WEIGHTED}}
     pool = 32  # two processes x 4 micro-batches x 4 rows
     expected = {
         "process": 16,
@@ -113,7 +135,7 @@ def test_budgets_are_exact_over_both_processes(runs):
         assert (summary["candidates"], summary["kept"], summary["num_processes"]) == (pool, kept, 2), name
         assert sum(count for count, _ in facts[name]["counts"]) == kept, name
     # One budget for the answer tokens of both processes.
-    for name in ("pool", "pool_q2", "in_loss_pool"):
+    for name in ("pool", "pool_q2", "in_loss_pool", "importance"):
         tokens = facts[name]["summary"]["answer_tokens"]
         assert tokens["kept"] == budget_size(0.25, tokens["candidates"]), name
     packed = facts["packed"]["summary"]

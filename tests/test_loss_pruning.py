@@ -1,6 +1,8 @@
 """`token_pruning: loss`: the training forward chooses the tokens, as masking by a forward of its own would."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -137,11 +139,7 @@ def test_a_pruner_that_misses_the_budget_is_told_so(tmp_path, tokenizer, prompt_
         ({"sample_pruner": "random", "token_pruner": "random"}, "loss' and `token_pruner` is 'random': set `token_pr"),
         (
             {"token_pruner": "hardest"},
-            "loss' and `sample_pruner` is 'q_tuning': choose a `sample_pruner` that needs no",
-        ),
-        (
-            {"sample_pruner": "random", "token_pruner": "importance", "token_pruning": "mask"},
-            "`token_pruner` is 'importance', which weights the losses of its tokens, and `token_pruning` is 'mask'",
+            "`token_pruning` is 'loss' and `sample_pruner` is 'q_tuning': set `token_pruning` to 'mask', since",
         ),
         (
             {"sample_pruner": "random", "token_pruner": "importance", "loss_type": "dft"},
@@ -157,14 +155,51 @@ def test_what_the_training_forward_cannot_tell_is_refused(tmp_path, options, tol
     assert not keeps_all.prunes_in_loss
 
 
-def test_tokens_drawn_by_importance_stand_for_all_of_them():
+NLL = torch.tensor(
+    [[0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 0.2, 0.05, 3.0], [0.1, 0.02, 0.02, 0.3, 0.02, 0.1, 0.0, 0.0, 0.0, 0.0]],
+    dtype=torch.float64,
+)
+ANSWERS = torch.tensor([[True] * 10, [True] * 6 + [False] * 4])  # of ten tokens, and of six easier ones
+
+
+@pytest.mark.parametrize("budget", [None, 6], ids=["each answer", "together"])
+def test_tokens_drawn_by_importance_stand_for_all_of_them(budget):
     """The mean of many draws is the sum of all: what is left out is made up for by the weights of what is not."""
-    nll = torch.tensor([[0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 4.0, 0.2, 0.05, 3.0]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    whole = torch.ones_like(nll, dtype=torch.bool)
-    answers = Answers(whole, torch.zeros_like(whole), token_ratio=0.4, generator=generator, nll=nll)
-    draws = torch.cat([tokens.importance(answers) for _ in range(20_000)])
-    assert (draws.count_nonzero(dim=1) == 4).all()
-    # The loss is divided by the four that are kept, and is to be the mean of ten.
-    torch.testing.assert_close(draws.mean(dim=0) / 4, torch.full((10,), 0.1, dtype=torch.float64), rtol=0.1, atol=0)
-    assert (draws > 0).double().mean(dim=0)[6] > 5 * (draws > 0).double().mean(dim=0)[0]
+    answers = Answers(ANSWERS, torch.zeros_like(ANSWERS), token_ratio=0.4, generator=generator, nll=NLL, budget=budget)
+    draws = torch.stack([tokens.importance(answers) for _ in range(20_000)])
+    kept = draws.count_nonzero(dim=2)
+    assert (kept.sum(dim=1) == 6).all()
+    assert ((kept == torch.tensor([4, 2])).all()) == (budget is None)
+    # The loss is divided by the six that are kept, and is to be the mean of sixteen.
+    torch.testing.assert_close((draws.mean(dim=0) / 6)[ANSWERS], torch.full((16,), 1 / 16).double(), rtol=0.1, atol=0)
+    assert (draws > 0).double().mean(dim=0)[0, 6] > 5 * (draws > 0).double().mean(dim=0)[0, 0]
+
+
+def test_processes_that_are_compared_draw_by_importance_as_one():
+    """Answer by answer on two processes: tokens and weights are those of both answers on one."""
+    lots = torch.rand(ANSWERS.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    meeting, said = Barrier(2), [None, None]
+
+    def on_process(rows: slice, process: int | None) -> torch.Tensor:
+        def gather(value):
+            said[process] = value
+            meeting.wait()
+            heard = list(said)
+            meeting.wait()
+            return heard
+
+        together = {} if process is None else {"gather": gather, "process": process}
+        answers = Answers(
+            ANSWERS[rows], torch.zeros_like(ANSWERS[rows]), token_ratio=0.4, generator=lots[rows],
+            nll=NLL[rows], budget=6, **together,
+        )  # fmt: skip
+        return tokens.importance(answers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda shape, generator, dtype: generator)
+        alone = on_process(slice(None), None)
+        with ThreadPoolExecutor(2) as processes:
+            both = list(processes.map(on_process, [slice(0, 1), slice(1, 2)], [0, 1]))
+    assert alone.count_nonzero() == 6
+    torch.testing.assert_close(torch.cat(both), alone, rtol=0, atol=0)

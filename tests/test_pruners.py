@@ -267,22 +267,23 @@ def _eager_llama():
     return model
 
 
-def trained_rows(trainer) -> tuple[list[dict], list[float], Recorder]:
-    """Train; the rows of the first step's micro-batches, the weights of their losses, and the gradients."""
+def trained_rows(trainer) -> tuple[list[dict], list[list[float]], Recorder]:
+    """Train; the rows of the first step's micro-batches, the weights of their tokens' losses, and the gradients."""
     seen = Recorder().attach(trainer)
     trainer.train()
     return [row for batch in seen.batches[0] for row in rows_of(batch)], seen.weights[0], seen
 
 
-def weighted_gradient(rows: list[dict], weights: list[float]) -> dict[str, torch.Tensor]:
-    """Of the sum of the rows' losses, each times its weight, over the number of their labels; without any trainer."""
+def weighted_gradient(rows: list[dict], weights: list[list[float]]) -> dict[str, torch.Tensor]:
+    """Of the sum of the losses of labelled tokens, each times its weight, over their number; without any trainer."""
     model = tiny_llama()
     loss, tokens = torch.zeros(()), 0
-    for row, weight in zip(rows, weights, strict=True):
+    for row, of_row in zip(rows, weights, strict=True):
         labels = torch.tensor(row["labels"])[1:]
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        loss = loss + weight * torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-        tokens += int((labels != -100).sum())
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
+        loss = loss + (torch.tensor(of_row) * losses).sum()
+        tokens += len(losses)
     (loss / tokens).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -304,6 +305,10 @@ PAIRS = [
     ("infobatch", "none", {}),
     ("infobatch", "random", PADDING_FREE),
     ("infobatch", "rho1", {"token_pruning": "drop", "selection_scope": "micro_batch"}),
+    ("q_tuning", "importance", {"token_budget": "pool"}),
+    ("random", "importance", {"token_pruning": "drop"}),
+    ("longest", "importance", {"packing": True, "max_length": 48}),
+    ("infobatch", "importance", PADDING_FREE),
 ]
 
 
@@ -311,9 +316,12 @@ PAIRS = [
 def test_gradient_is_that_of_the_survivors(pruned_trainer, samples, tokens, options):
     trainer = pruned_trainer(samples, tokens, max_steps=1, max_grad_norm=0.0, **options)
     rows, weights, seen = trained_rows(trainer)
-    if options.get("score_column") != "mark" and samples != "q_tuning_code":
+    if options.get("score_column") != "mark" and samples != "q_tuning_code" and not options.get("packing"):
         assert trainer.summary()["kept"] == len(rows) == (16 if samples == "none" else 8)
-    assert (max(weights) > 1.0) == (samples == "infobatch")
+    if tokens == "importance":
+        assert len({weight for row in weights for weight in row}) > len(rows)
+    else:
+        assert (max(map(max, weights)) > 1.0) == (samples == "infobatch")
     for name, expected in weighted_gradient(rows, weights).items():
         torch.testing.assert_close(seen.gradients[0][name], expected, rtol=1e-4, atol=2e-6, msg=name)
 

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.records.run import SUMMARY_NAME
-from qtuning_trl.step.sample import split_documents
+from qtuning_trl.step.sample import loss_weights, split_documents
 
 COMMON = {
     "use_cpu": True,
@@ -70,7 +70,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self):
         self.batches: list[list[dict]] = []
-        self.weights: list[list[float]] = []
+        self.weights: list[list[list[float]]] = []  # of the losses of each survivor's answer tokens
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def attach(self, trainer):
@@ -82,7 +82,7 @@ class Recorder(TrainerCallback):
             batches, num_items = original(*args)
             self.batches.append([batch for batch in batches if batch["input_ids"].numel()])
             survivors = [document for batch in batches for document in batch.get("survivors", ())]
-            self.weights.append([document.weight for document in survivors])
+            self.weights.append([loss_weights([document]).tolist() for document in survivors])
             return batches, num_items
 
         trainer.get_batch_samples = get_batch_samples

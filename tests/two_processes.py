@@ -44,6 +44,15 @@ IN_LOSS: dict[str, dict] = {
     "in_loss": HARDEST_IN_LOSS,
     "in_loss_pool": {**HARDEST_IN_LOSS, "selection_scope": "all_processes", "token_budget": "pool"},
 }
+# What is compared with the gradients of naive losses, each times its weight.
+WEIGHTED: dict[str, dict] = {
+    "importance": {
+        "budget": "50x50",
+        "selection_scope": "all_processes",
+        "token_budget": "pool",
+        "token_pruner": "importance",
+    }
+}
 
 
 def run(name: str, options: dict, output: Path, tokenizer, dataset) -> None:
@@ -99,7 +108,7 @@ def main() -> None:
     output, tokenizer_dir = Path(sys.argv[1]), sys.argv[2]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     dataset = Dataset.from_list(prompt_completion_rows(40))
-    for name, options in {**SCENARIOS, **IN_LOSS}.items():
+    for name, options in {**SCENARIOS, **IN_LOSS, **WEIGHTED}.items():
         run(name, options, output, tokenizer, dataset)
     keep_everything(output, tokenizer, dataset)
     resume("resume", output, tokenizer, dataset)

@@ -50,7 +50,7 @@ TOKEN_NEEDS = {
     "reference": "`reference_nll`: a forward of `reference_model` over the survivors",
     "base": "`base_nll`: a forward over the survivors of the model as it was before fine-tuning",
     "marked": "only the survivors that the sample pruner marks, Q-Tuning's those on Q2's side; otherwise all survivors",
-    "weights": "the losses of the tokens it keeps are weighted; for `token_pruning` 'loss' alone",
+    "weights": "the losses of the tokens it keeps are weighted",
     "attention": "`attention` and `embeddings`: a forward over each survivor, with eager attention",
 }
 

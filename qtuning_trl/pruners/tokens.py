@@ -137,7 +137,8 @@ def importance(answers: Answers) -> Tensor:
     The size is 1 - p(token), the gradient at the logits to within a factor of sqrt(2) (Katharopoulos and Fleuret, ICML
     2018, arXiv 1803.00942, have it for samples). They are drawn by priority sampling (Duffield, Lund and Thorup, J. ACM
     2007): those with the highest `size / u` stay, u uniform in (0, 1); with t the highest of those that go, one that
-    stays stands for `max(1, t / size)`. Protected tokens stay and stand for themselves.
+    stays stands for `max(1, t / size)`. The tokens of each answer are drawn by themselves, those of all answers
+    together where they share a budget. Protected tokens stay and stand for themselves.
 
     Returns:
         `Tensor` of shape `(samples, positions)`, float64: Weights of the losses, 0 for tokens that go. The loss is
@@ -148,10 +149,16 @@ def importance(answers: Answers) -> Tensor:
     lots = torch.rand(size.shape, generator=answers.generator, dtype=torch.float64)
     priority = size / lots.clamp(min=1e-12)
     keep = answers.keep_lowest(-priority)
-    gone = answers.answer_mask & ~keep
-    threshold = float(priority[gone].max()) if gone.any() else 0.0
+    going = priority.masked_fill(~answers.answer_mask | keep, 0.0)
+    kept, total = int(keep.sum()), int(answers.answer_mask.sum())
+    if answers.budget is None:
+        threshold = going.amax(dim=1, keepdim=True) if going.numel() else going
+    else:
+        parts = answers.gather((float(going.max()) if going.numel() else 0.0, kept, total))
+        threshold = torch.tensor(max(part[0] for part in parts))
+        kept, total = (sum(part[place] for part in parts) for place in (1, 2))
     stands_for = (threshold / size).clamp(min=1.0).masked_fill(answers.protected, 1.0)
-    return keep * stands_for * (int(keep.sum()) / int(answers.answer_mask.sum()))
+    return keep * stands_for * (kept / max(total, 1))
 
 
 def rho1(answers: Answers) -> Tensor:

@@ -29,6 +29,8 @@ class Sample:
         weight (`float`): Weight of its loss.
         pruned (`bool`): Whether tokens of its answer were taken out.
         kept_mask (`np.ndarray` of shape `(answer tokens,)`, bool, *optional*): Which of them stayed, where stage 2 ran.
+        token_weights (`np.ndarray` of shape `(answer tokens that stayed,)`, float64, *optional*): Weights of their
+            losses, where the token pruner weights them.
     """
 
     input_ids: np.ndarray
@@ -39,6 +41,7 @@ class Sample:
     weight: float = 1.0
     pruned: bool = False
     kept_mask: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -105,6 +108,15 @@ def answer_lengths(documents: list[Sample]) -> list[int]:
     return [int((document.labels[1:] != IGNORE).sum()) for document in documents]
 
 
+def loss_weights(documents: list[Sample]) -> Tensor:
+    """Weights of the losses of their answer tokens, the sample's times the token's: shape `(answer tokens,)`."""
+    weights = [torch.full((size,), doc.weight) for doc, size in zip(documents, answer_lengths(documents), strict=True)]
+    for index, document in enumerate(documents):
+        if document.token_weights is not None:
+            weights[index] = weights[index] * torch.from_numpy(document.token_weights)
+    return torch.cat(weights)
+
+
 def sequence_tokens(documents: list[Sample]) -> int:
     """Tokens of prompts and answers that can be predicted: all but the first of each."""
     return sum(len(document) - 1 for document in documents)
@@ -140,17 +152,21 @@ def prune_document(document: Sample, keep: np.ndarray, drop: bool) -> Sample:
 
     Args:
         document ([`Sample`]): The sample.
-        keep (`np.ndarray` of shape `(at least tokens - 1,)`, bool): The mask m; entry j stands for token j + 1.
+        keep (`np.ndarray` of shape `(at least tokens - 1,)`, bool or float64): The mask m, or weights of the losses,
+            0 for pruned tokens; entry j stands for token j + 1.
         drop (`bool`): Take pruned tokens out of the sequence; otherwise only out of the loss (label -100).
 
     Returns:
         [`Sample`]: Prompt tokens are never touched.
     """
     labels = document.labels
-    answer, keep = labels[1:] != IGNORE, keep[: len(labels) - 1]
+    answer, weights = labels[1:] != IGNORE, keep[: len(labels) - 1]
+    keep = weights != 0
     pruned = np.zeros(len(labels), dtype=bool)
     pruned[1:] = answer & ~keep
     document = replace(document, pruned=bool(pruned.any()), kept_mask=keep[answer])
+    if weights.dtype != bool:
+        document = replace(document, token_weights=weights[answer & keep])
     if drop:
         return replace(document, input_ids=document.input_ids[~pruned], labels=labels[~pruned])
     return replace(document, labels=np.where(pruned, IGNORE, labels))

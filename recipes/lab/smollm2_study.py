@@ -72,7 +72,7 @@ def gsm8k(trainer: Any) -> dict[str, float]:
 
 
 def _chances(logits: torch.Tensor, tokens: torch.Tensor, name: str) -> dict[str, float]:
-    """Whether all of these tokens are the first choice, and how probable they are together, at lower temperatures too."""
+    """Whether these tokens are all the first choice, and how probable they are together, at lower temperatures too."""
 
     def probability(temperature: float) -> float:
         return float((logits / temperature).log_softmax(dim=-1).gather(1, tokens[:, None]).sum().exp())
@@ -141,7 +141,7 @@ def squad(trainer: Any) -> dict[str, float]:
 
 
 def _answer_length(tokenizer: Any, tokens: torch.Tensor) -> int:
-    """Generated tokens up to the one that ends the answer: an end token, or the first with a line break after a word."""
+    """Generated tokens up to the one that ends the answer: an end token, or a line break after a word."""
     for length in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:length])
         if int(tokens[length - 1]) == tokenizer.eos_token_id or "\n" in text.lstrip():
