@@ -397,6 +397,11 @@ class QTuningSFTConfig(SFTConfig):
         return self.token_pruning == "loss" and self.token_ratio < 1.0
 
     @property
+    def compares_processes(self) -> bool:
+        """Whether the candidates of several processes are compared with each other."""
+        return self.selection_scope == "all_processes" and self.world_size > 1
+
+    @property
     def keeps_everything(self) -> bool:
         """Whether nothing is pruned (100 x 100, and no column that marks), so the run is the plain `SFTTrainer`'s."""
         return self.sample_ratio == 1.0 and self.token_ratio == 1.0 and "column" not in self.sample_needs

@@ -13,7 +13,7 @@ from ..config import QTuningSFTConfig
 from ..method import budget_size
 from ..pruners import Answers, token_pruner
 from .sample import Sample, answer_lengths
-from .selection import bare_answers, compared_together, step_generator
+from .selection import bare_answers, step_generator
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LossPruner:
         pooled: list[int | None] = [None] * len(micro_batches)
         if self.args.token_budget == "pool":
             sizes = [sum(answer_lengths(samples)) for samples in micro_batches]
-            together = compared_together(self.args, self.accelerator)
+            together = self.args.compares_processes
             parts = gather_object([(pool_tokens, sizes)]) if together else [(pool_tokens, sizes)]
             asked = budget_size(self.args.sample_ratio * self.args.token_ratio, sum(part[0] for part in parts))
             shares = split_budget(asked, [size for part in parts for size in part[1]])

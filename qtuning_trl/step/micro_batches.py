@@ -80,12 +80,11 @@ class Batcher:
         # Those that lost all their tokens have no gradient to give.
         survivors = [sample for sample, size in zip(survivors, answer_lengths(survivors), strict=True) if size > 0]
         distributed = self.accelerator.num_processes > 1
-        shared = distributed and self.args.selection_scope == "all_processes"
-        if shared:
+        if self.args.compares_processes:
             # One process may hold most survivors of the pool: deal them out, so that none waits for another.
             survivors = gather_object(survivors)
         rows = self._rows(survivors)
-        if shared:
+        if self.args.compares_processes:
             rows = sorted(rows, key=len, reverse=True)
             rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         parts = self._split(rows, slots, batch_size)

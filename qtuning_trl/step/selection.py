@@ -99,11 +99,6 @@ class Selector:
         self.sample_pruner = pruners.sample_pruner(self.args.sample_pruner)
         self.token_pruner = pruners.token_pruner(self.args.token_pruner)
 
-    @property
-    def _together(self) -> bool:
-        """Whether the candidates of several processes are compared with each other."""
-        return compared_together(self.args, self.accelerator)
-
     # Stage 1
 
     def select_samples(self, drawn: list[list[Sample]], pool: ScoredPool, state: TrainerState) -> Selection:
@@ -163,7 +158,7 @@ class Selector:
 
         As many survive as the budget leaves of all that were drawn.
         """
-        if not self._together:
+        if not self.args.compares_processes:
             return self._select_of(columns, drawn, self.accelerator.process_index, number, state)
         parts = gather_object([(columns, drawn)])
         everyone = {name: torch.cat([part[0][name] for part in parts]) for name in columns}
@@ -261,7 +256,7 @@ class Selector:
         mask = answer_mask(samples)
         whole = sum(answer_lengths(kept)) - int(mask.sum())
         tokens = np.array([group.answer_tokens, whole, group.sequence_tokens, sequence_tokens(kept)])
-        if self._together:
+        if self.args.compares_processes:
             tokens = sum(gather_object([tokens]))
         in_pool, whole, of_sequences, of_survivors = tokens.tolist()
         budget = None
@@ -274,8 +269,8 @@ class Selector:
             bare_answers(self.args, samples, self.protected_ids, generator, budget),
             sequence_tokens=of_sequences,
             survivor_tokens=of_survivors,
-            gather=(lambda value: gather_object([value])) if self._together else (lambda value: [value]),
-            process=self.accelerator.process_index if self._together else 0,
+            gather=(lambda value: gather_object([value])) if self.args.compares_processes else (lambda value: [value]),
+            process=self.accelerator.process_index if self.args.compares_processes else 0,
             attention=partial(self._attention, model, samples) if attends else None,
             embeddings=partial(self._embeddings, model, samples) if attends else None,
             **of_tokens,
@@ -299,15 +294,10 @@ class Selector:
         indices = iter(selection.to_prune)
         for of_group in answers:
             # Processes that are compared with each other prune together, also those that have nothing to prune.
-            if len(of_group.answer_mask) or self._together:
+            if len(of_group.answer_mask) or self.args.compares_processes:
                 for keep, index in zip(self.token_pruner.prune(of_group).numpy(), indices, strict=False):
                     survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
         return replace(selection, survivors=survivors)
-
-
-def compared_together(args: QTuningSFTConfig, accelerator: Accelerator) -> bool:
-    """Whether the candidates of several processes are compared with each other."""
-    return args.selection_scope == "all_processes" and accelerator.num_processes > 1
 
 
 def bare_answers(
