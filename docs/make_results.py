@@ -29,6 +29,9 @@ NAMES = (
     "smollm2_epochs_budgets",
     "smollm2_epochs_long",
     "smollm2_epochs_rates",
+    "smollm2_squad_epochs",
+    "smollm2_squad_epochs_swapped",
+    "smollm2_squad_epochs_rates",
     "smollm2_squad",
     "smollm2_gsm8k",
     "smollm2_gsm8k_swapped",
@@ -54,10 +57,10 @@ NAMES = (
 )
 # The README's table: the study of the real model, and what it shows of it; the page has all rows.
 README_STUDY, README_SWAPPED, README_SECONDS = "smollm2_epochs", "smollm2_epochs_swapped", "smollm2_epochs_seconds"
-QUARTER = "random + importance (a quarter)"
+README_SQUAD = "smollm2_squad_epochs"
 README_ROWS = (
     ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "q_tuning + none", "random + none",
-    "random + hardest", "random + importance", QUARTER,
+    "random + hardest", "random + importance", "random + importance (a quarter)", "q_tuning + importance (a quarter)",
 )  # fmt: skip
 
 INTRODUCTION = """# Results
@@ -128,48 +131,47 @@ def figures_table(content: dict[str, Any]) -> str | None:
             measured.setdefault((run["pruner"], run["budget"]), []).append(figures)
     if not measured:
         return None
-    names = list(next(iter(measured.values()))[0])
+    names = list(dict.fromkeys(name for runs in measured.values() for run in runs for name in run))
     headings = ["pruner", "budget", *(name.replace("_", " ") for name in names)]
     lines = [
         "What else was measured, means over seeds (shares, and nats a token):", "",
         f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}",
     ]  # fmt: skip
     for (pruner, budget), runs in measured.items():
-        means = {name: sum(run[name] for run in runs) / len(runs) for name in names}
-        cells = [f"{means[name]:.0f}" if name == "CPU seconds" else f"{means[name]:.3f}" for name in names]
+        cells = []
+        for name in names:
+            measuring = [run for run in runs if name in run]  # earlier runs measured less
+            form = "{:.0f}" if name == "CPU seconds" else "{:.3f}"
+            cells.append(form.format(mean(measuring, name)) if measuring else "-")
         lines.append(f"| {pruner} | {budget} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def readme_table(contents: dict[str, dict[str, Any]]) -> str:
-    """The README's table: the real model, and how it ends on the same data with a fifth of the answers swapped."""
-    study, swapped = contents[README_STUDY], contents[README_SWAPPED]
-    tables = [{row["pruner"]: row for row in rows_from_json(content)} for content in (study, swapped)]
+    """The README's table: the real model, with a fifth of the answers swapped too, and on a second task."""
+    study, swapped, squad = (contents[name] for name in (README_STUDY, README_SWAPPED, README_SQUAD))
     lines = [
-        "| samples + tokens | seeds | answer tokens | CPU seconds | held-out loss | calculations right | when sampled "
-        "| loss, 20% of the answers swapped |",
-        f"|{'---|' * 8}",
+        "| samples + tokens | seeds | answer tokens | CPU seconds | loss | calculations | 20% swapped: loss "
+        "| SQuAD: loss | exact match |",
+        f"|{'---|' * 9}",
     ]
     for pruner in README_ROWS:
-        row = tables[0][pruner]
         runs = runs_of(study, pruner)
-        greedy, sampled = (
-            Estimate.of([run["figures"][name] for run in runs]) for name in ("calculations", "sampled_calculations")
-        )
         cells = [
-            f"{len(runs)}",
-            "-" if row["kept_tokens"] is None else f"{row['kept_tokens']:.1%}",
+            ", ".join(str(len(runs_of(content, pruner))) for content in (study, swapped, squad)),
+            "-" if pruner == ZERO_SHOT else f"{mean(runs, 'kept_tokens'):.1%}",
             f"{mean(runs, 'cpu_seconds'):.0f}",
-            shown(row["eval_loss"], "eval_loss"),
-            shown(greedy, "accuracy"),
-            shown(sampled, "accuracy"),
-            shown(tables[1].get(pruner, {}).get("eval_loss"), "eval_loss"),
+            shown([run["eval_loss"] for run in runs]),
+            shown([run["figures"]["calculations"] for run in runs], share=True),
+            shown([run["eval_loss"] for run in runs_of(swapped, pruner)]),
+            shown([run["eval_loss"] for run in runs_of(squad, pruner)]),
+            shown([run["figures"]["accuracy"] for run in runs_of(squad, pruner)], share=True),
         ]
         lines.append(f"| {pruner} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Means and half of the 95% interval over seeds (no interval: one); losses in nats a token; *calculations*: the",
-        "results in `<<48/2=24>>` of held-out answers, given the true text before them.",
+        "Means and half of the 95% interval over seeds (no interval: one); losses on held-out rows, nats a token;",
+        "*calculations*: results in `<<48/2=24>>` that are the first choice, given the true text before them.",
     ]
     return "\n".join(lines)
 
@@ -212,11 +214,11 @@ def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def shown(estimate: Estimate | None, metric: str) -> str:
-    """Mean and half-width of the interval."""
-    if estimate is None:
+def shown(values: list[float], share: bool = False) -> str:
+    """Mean and half-width of the interval; a dash for no values."""
+    if not values:
         return "-"
-    form = "{:.1%}" if metric == "accuracy" else "{:.3f}"
+    form, estimate = "{:.0%}" if share else "{:.3f}", Estimate.of(values)
     spread = "" if estimate.half_width is None else f" ± {form.format(estimate.half_width)}"
     return form.format(estimate.mean) + spread
 
