@@ -9,6 +9,7 @@ python docs/make_results.py           # --check: only say whether the pages are 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ DOCS = Path(__file__).parent
 FOLDER = DOCS / "results" / "lab"
 README = DOCS.parent / "README.md"
 PICTURE = DOCS / "smollm2_seconds.png"
+Curve = tuple[str, str, list[tuple[float, float]]]  # label, style, and points: seconds and loss
 BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
 # In the order of the page.
 NAMES = (
@@ -31,6 +33,7 @@ NAMES = (
     "smollm2_epochs_rates",
     "smollm2_squad_epochs",
     "smollm2_squad_epochs_swapped",
+    "smollm2_squad_epochs_long",
     "smollm2_squad_epochs_rates",
     "smollm2_squad",
     "smollm2_gsm8k",
@@ -186,32 +189,50 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
     return sum(run[key] for run in runs) / len(runs)
 
 
-def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
-    """Held-out loss against time, means over seeds: at equal steps, and, dashed, of more and smaller ones."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+def seconds_curves(contents: dict[str, dict[str, Any]]) -> list[Curve]:
+    """Held-out loss by CPU seconds, means over seeds: at equal steps, and, dashed, of more and smaller ones."""
     start = runs_of(contents[README_STUDY], ZERO_SHOT)[0]["eval_loss"]
     longer = dict.fromkeys(run["pruner"] for run in contents[README_SECONDS]["runs"])
-    rows = [(README_STUDY, pruner, "-") for pruner in README_ROWS]
-    rows += [(README_SECONDS, pruner, "--") for pruner in longer if pruner != FULL_DATA]
-    colors = iter(f"C{number}" for number in range(len(rows)))
+    rows = [(README_STUDY, pruner, "-") for pruner in README_ROWS if pruner != ZERO_SHOT]
+    rows += [(README_SECONDS, pruner, "--") for pruner in longer if pruner not in (ZERO_SHOT, FULL_DATA)]
+    curves = []
     for name, pruner, style in rows:
         runs = runs_of(contents[name], pruner)
-        if pruner == ZERO_SHOT:
-            continue
         points = [(0.0, start)]
         for at_once in zip(*(run["curve"] for run in runs), strict=True):
             points.append((mean(list(at_once), "cpu_seconds"), mean(list(at_once), "eval_loss")))
-        color = "black" if pruner == FULL_DATA else next(colors)
-        label = f"{pruner}, {runs[0]['steps']} steps" if style == "-" else pruner
+        curves.append((pruner if style == "--" else f"{pruner}, {runs[0]['steps']} steps", style, points))
+    return curves
+
+
+def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
+    """The README's picture; the file says what it was drawn from."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    curves = seconds_curves(contents)
+    colors = iter(f"C{number}" for number in range(len(curves)))
+    for label, style, points in curves:
+        color = "black" if label.startswith(FULL_DATA) else next(colors)
         axes.plot(*zip(*points, strict=True), style, marker=".", label=label, color=color)
     axes.set(ylim=(0.62, 1.0), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(contents[README_STUDY]["title"], fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Description": digest(curves)})
     plt.close(figure)
+
+
+def digest(curves: list[Curve]) -> str:
+    """Of what the picture shows."""
+    return hashlib.sha256(json.dumps(curves).encode()).hexdigest()
+
+
+def is_drawn_from(path: Path, curves: list[Curve]) -> bool:
+    """Whether the picture is there and shows these curves."""
+    from PIL import Image
+
+    return path.is_file() and Image.open(path).info.get("Description") == digest(curves)
 
 
 def shown(values: list[float], share: bool = False) -> str:
@@ -241,9 +262,13 @@ def main() -> int:
         else:
             path.write_text(pages[path], encoding="utf-8")
             print(f"Written: {path}")
-    if not arguments.check:
-        draw_seconds(contents, PICTURE)
-        print(f"Drawn: {PICTURE}")
+    if not is_drawn_from(PICTURE, seconds_curves(contents)):
+        stale.append(PICTURE)
+        if arguments.check:
+            print(f"{PICTURE} does not show the committed results: run `python docs/make_results.py`.", file=sys.stderr)
+        else:
+            draw_seconds(contents, PICTURE)
+            print(f"Drawn: {PICTURE}")
     return 1 if arguments.check and stale else 0
 
 
