@@ -47,7 +47,7 @@ def test_recipes_are_listed_with_card_planned_peak_model_and_data(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0] for line in lines if line}
-    parts = {"base", "qlora", "paper/base", "paper/table2"}
+    parts = {"base", "qlora", "importance", "paper/base", "paper/table2"}
     assert set(shipped_names()) - parts <= listed
     table = (ROOT / "recipes" / "README.md").read_text().splitlines()
     for name, model in (("smollm2-1.7b-qlora", "SmolLM2-1.7B"), ("paper/smollm2-1.7b-mathinstruct", "SmolLM2-1.7B")):

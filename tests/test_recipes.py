@@ -11,12 +11,13 @@ from conftest import WORDS
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokenizerFast
 
 from qtuning_trl.data import Template
+from qtuning_trl.method import budget_size
 from qtuning_trl.recipes import load_recipe
 from qtuning_trl.scripts.sft import main, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ON_CPU = RECIPES / "smollm2-135m-cpu.yaml"
-OTHERS = ("base", "qlora", "demo", ON_CPU.stem)
+OTHERS = ("base", "qlora", "importance", "demo", ON_CPU.stem)
 MODELS = sorted(path for path in RECIPES.glob("*.yaml") if path.stem not in OTHERS)
 PAPER = sorted(path for path in (RECIPES / "paper").glob("*.yaml") if path.stem not in ("base", "table2"))
 LLAMA3_ROPE = {
@@ -156,6 +157,16 @@ def test_every_kind_of_data_starts(data, standins, tmp_path):
     bases = (RECIPES / "data" / f"{data}.yaml",)
     summary = start(RECIPES / "smollm2-135m-lora.yaml", data, standins, tmp_path, bases)
     assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 8, 1)
+
+
+def test_tokens_drawn_by_importance_are_one_more_base(standins, tmp_path):
+    summary = start(
+        RECIPES / "llama-3.2-1b-qlora.yaml", "mathinstruct", standins, tmp_path, (RECIPES / "importance.yaml",)
+    )
+    assert (summary["steps"], summary["candidates"], summary["kept"]) == (1, 8, 4)
+    tokens = summary["answer_tokens"]
+    assert tokens["kept"] == budget_size(0.125, tokens["candidates"])
+    assert summary["seconds"]["scoring"] == 0.0
 
 
 PAPER_PROMPTS = {

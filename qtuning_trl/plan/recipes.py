@@ -8,7 +8,7 @@ from .plan import Plan, Planner
 from .text import TABLE_CARDS, recipe_table
 
 START, END = "<!-- plans: made by `qtuning plan --recipes recipes` -->", "<!-- end of plans -->"
-NOT_PLANNED = ("base", "qlora", "demo", "table2", "smollm2-135m-cpu")
+NOT_PLANNED = ("base", "qlora", "importance", "demo", "table2", "smollm2-135m-cpu")
 CARD = re.compile(r"Meant for a card with (\d+) GB")
 
 

@@ -23,7 +23,7 @@ CARD = re.compile(r"card with (\d+ GB)")
 # A row of the table that `qtuning plan --recipes` makes: the recipe, its micro-batch, and the peak that is planned.
 PLANNED = re.compile(r"^\| `([^`]+)` \|[^|]+\| ([\d.]+) \|", re.MULTILINE)
 # They name no model: what other recipes build on.
-PARTS = ("base", "qlora", "paper/base")
+PARTS = ("base", "qlora", "importance", "paper/base")
 TABLES = ("paper/table2",)  # for `qtuning compare`
 
 
