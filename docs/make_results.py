@@ -63,7 +63,8 @@ README_STUDY, README_SWAPPED, README_SECONDS = "smollm2_epochs", "smollm2_epochs
 README_SQUAD = "smollm2_squad_epochs"
 README_ROWS = (
     ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "q_tuning + none", "random + none",
-    "random + hardest", "random + importance", "random + importance (a quarter)", "q_tuning + importance (a quarter)",
+    "random + hardest", "q_tuning + importance (a quarter, none protected)",
+    "random + importance (a quarter, none protected)",
 )  # fmt: skip
 
 INTRODUCTION = """# Results
