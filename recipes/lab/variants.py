@@ -1,6 +1,6 @@
 """
-Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; and random
-samples whose budget changes over the run, of `compare_smollm2_epochs_budgets.yaml`.
+Q-Tuning where the paper leaves gaps, read otherwise: sample pruners of `compare_sums_2_variants.yaml`; random samples
+whose budget changes over the run, of `compare_smollm2_epochs_budgets.yaml`; and tokens with tempered weights.
 
 ```bash
 PYTHONPATH=recipes/lab qtuning compare --config recipes/lab/compare_sums_2_variants.yaml
@@ -13,8 +13,9 @@ import torch
 from scipy.stats import rankdata
 
 from qtuning_trl.method import SampleSelection, budget_size, descending, select_samples
-from qtuning_trl.pruners import register_sample_pruner
+from qtuning_trl.pruners import register_sample_pruner, register_token_pruner
 from qtuning_trl.pruners.samples import Pool, q_tuning, random
+from qtuning_trl.pruners.tokens import Answers, importance
 
 
 @register_sample_pruner("fill_by_rank", needs=["scores"])
@@ -121,3 +122,11 @@ def random_after_warmup(pool: Pool) -> torch.Tensor:
 
 def _random(pool: Pool, ratio: float) -> torch.Tensor:
     return random(replace(pool, sample_ratio=ratio))
+
+
+@register_token_pruner("importance_tempered", needs=["scores", "weights"])
+def importance_tempered(answers: Answers) -> torch.Tensor:
+    """Halfway from `importance`, whose weights leave no bias, to `hardest`, which has none: their square roots."""
+    weights = importance(answers)
+    kept = weights > 0
+    return (weights * weights[kept].min()).sqrt() if kept.any() else weights
