@@ -59,8 +59,9 @@ NAMES = (
     "sums_4_pools",
 )
 # The README's table: the study of the real model, and what it shows of it; the page has all rows.
-README_STUDY, README_SWAPPED, README_SECONDS = "smollm2_epochs", "smollm2_epochs_swapped", "smollm2_epochs_seconds"
-README_SQUAD = "smollm2_squad_epochs"
+README_STUDY, README_SWAPPED, README_SQUAD = "smollm2_epochs", "smollm2_epochs_swapped", "smollm2_squad_epochs"
+README_LONG = "smollm2_epochs_long"
+AT_ITS_RATE = "full data at 1e-3"  # the better one for full data there
 README_ROWS = (
     ZERO_SHOT, FULL_DATA, "q_tuning", "q_tuning_code", "q_tuning + none", "random + none",
     "random + hardest", "q_tuning + importance (a quarter, none protected)",
@@ -191,18 +192,17 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def seconds_curves(contents: dict[str, dict[str, Any]]) -> list[Curve]:
-    """Held-out loss by CPU seconds, means over seeds: at equal steps, and, dashed, of more and smaller ones."""
+    """Held-out loss by CPU seconds, means over seeds: of the README's rows, and, dashed, in twice the steps."""
     start = runs_of(contents[README_STUDY], ZERO_SHOT)[0]["eval_loss"]
-    longer = dict.fromkeys(run["pruner"] for run in contents[README_SECONDS]["runs"])
-    rows = [(README_STUDY, pruner, "-") for pruner in README_ROWS if pruner != ZERO_SHOT]
-    rows += [(README_SECONDS, pruner, "--") for pruner in longer if pruner not in (ZERO_SHOT, FULL_DATA)]
     curves = []
-    for name, pruner, style in rows:
-        runs = runs_of(contents[name], pruner)
-        points = [(0.0, start)]
-        for at_once in zip(*(run["curve"] for run in runs), strict=True):
-            points.append((mean(list(at_once), "cpu_seconds"), mean(list(at_once), "eval_loss")))
-        curves.append((pruner if style == "--" else f"{pruner}, {runs[0]['steps']} steps", style, points))
+    for name, style in ((README_STUDY, "-"), (README_LONG, "--")):
+        for pruner in (*README_ROWS, AT_ITS_RATE):
+            runs = runs_of(contents[name], pruner)
+            if runs and pruner != ZERO_SHOT:
+                points = [(0.0, start)]
+                for at_once in zip(*(run["curve"] for run in runs), strict=True):
+                    points.append((mean(list(at_once), "cpu_seconds"), mean(list(at_once), "eval_loss")))
+                curves.append((f"{pruner}, {runs[0]['steps']} steps", style, points))
     return curves
 
 
@@ -212,9 +212,9 @@ def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
     curves = seconds_curves(contents)
-    colors = iter(f"C{number}" for number in range(len(curves)))
+    colors = {FULL_DATA: "black", AT_ITS_RATE: "grey"}
     for label, style, points in curves:
-        color = "black" if label.startswith(FULL_DATA) else next(colors)
+        color = colors.setdefault(label.rsplit(", ", 1)[0], f"C{len(colors)}")  # a row's own, in both lengths
         axes.plot(*zip(*points, strict=True), style, marker=".", label=label, color=color)
     axes.set(ylim=(0.62, 1.0), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
     axes.set_ylabel("held-out loss (nats a token)")
