@@ -30,6 +30,7 @@ NAMES = (
     "smollm2_epochs_seconds",
     "smollm2_epochs_budgets",
     "smollm2_epochs_long",
+    "smollm2_epochs_swapped_long",
     "smollm2_epochs_rates",
     "smollm2_squad_epochs",
     "smollm2_squad_epochs_swapped",
