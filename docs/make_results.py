@@ -176,9 +176,8 @@ def readme_table(contents: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {pruner} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Means and half of the 95% interval over seeds (no interval: one); losses on held-out rows, nats a token;",
-        "*calculations*: results in `<<48/2=24>>` that are the first choice, given the true text before them; in six",
-        "epochs full data has 1e-3, the better one for it there.",
+        "Means and half of the 95% interval over seeds (no interval: one); losses in nats a token; *calculations*:",
+        "those of `<<48/2=24>>` whose result is the first choice. In six epochs full data has 1e-3, its better rate.",
     ]
     return "\n".join(lines)
 
