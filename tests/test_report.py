@@ -516,8 +516,8 @@ def test_pointing_at_a_point_shows_its_text(browser, run, tmp_path):
     """
     # A busy browser may still be drawing or scrolling when the pointer arrives, and plotly answers to movements alone:
     # so point again.
-    tip, deadline = "", time.monotonic() + 20
-    while not tip and time.monotonic() < deadline:
+    tip, deadline = "", time.monotonic() + 60
+    while not (said := re.match(r"Sample (\d+) at step 6", tip)) and time.monotonic() < deadline:
         x, y = browser.execute_script(place)
         for aside in (20, 0):
             actions = ActionChains(browser)
@@ -525,8 +525,8 @@ def test_pointing_at_a_point_shows_its_text(browser, run, tmp_path):
             actions.perform()
         time.sleep(0.2)
         tip = browser.find_element(By.ID, "tip").text
-    sample_id = int(re.match(r"Sample (\d+) at step 6", tip).group(1))
-    row = prompt_completion_rows(40)[sample_id]
+    assert said, tip
+    row = prompt_completion_rows(40)[int(said.group(1))]
     squeezed = re.sub(r"\s", "", tip)
     assert row["prompt"].replace(" ", "") in squeezed
     assert row["completion"].replace(" ", "") in squeezed

@@ -300,6 +300,21 @@ def test_two_processes_write_what_one_writes(tmp_path, model_dir, data, whole):
     assert output.read_bytes() == whole
 
 
+def test_no_process_writes_before_all_have_seen_what_is_missing(tmp_path, model_dir, data, monkeypatch):
+    """One that looked later would see fewer missing parts, and share out others."""
+    ours = scorer(model_dir, data, tmp_path / "scored.parquet")
+    accelerator, written = ours.trainer.accelerator, []
+    meet = accelerator.wait_for_everyone
+
+    def wait_for_everyone():
+        written.append(len(list(ours.partial.folder.glob("scores-*.parquet"))))
+        meet()
+
+    monkeypatch.setattr(accelerator, "wait_for_everyone", wait_for_everyone)
+    ours.score()
+    assert written == [0, ours.parts]
+
+
 # The forward pass
 
 

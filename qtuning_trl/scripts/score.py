@@ -291,6 +291,7 @@ class DatasetScorer:
         flat = trainer.scorer.collator.padding_free
         forward = partial(trainer.scorer.forward, trainer.model)
         missing = self.partial.missing(self.parts)
+        accelerator.wait_for_everyone()  # nobody writes before all have looked, or a part would be nobody's
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         rows = sum(self._rows(part).stop - self._rows(part).start for part in mine)
         with (
