@@ -301,8 +301,7 @@ class DatasetScorer:
         ):
             for part in mine:
                 documents = scorable_rows(self.prepared, self._rows(part))
-                scores = score_rows(documents, forward, size, flat, advance)
-                self.partial.write(part, scores)
+                self.partial.write(part, score_rows(documents, forward, size, flat, advance))
         accelerator.wait_for_everyone()
 
     @contextmanager
