@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent
 FOLDER = DOCS / "results" / "lab"
 README = DOCS.parent / "README.md"
 PICTURE = DOCS / "smollm2_seconds.png"
-Curve = tuple[str, str, list[tuple[float, float]]]  # label, style, and points: seconds and loss
+Curve = tuple[str, int, str, list[tuple[float, float]]]  # row, steps, style, and points: seconds and loss
 BEGIN, END = "<!-- made by docs/make_results.py -->", "<!-- end -->"
 # In the order of the page.
 NAMES = (
@@ -203,20 +203,19 @@ def seconds_curves(contents: dict[str, dict[str, Any]]) -> list[Curve]:
                 points = [(0.0, start)]
                 for at_once in zip(*(run["curve"] for run in runs), strict=True):
                     points.append((mean(list(at_once), "cpu_seconds"), mean(list(at_once), "eval_loss")))
-                curves.append((f"{pruner}, {runs[0]['steps']} steps", style, points))
+                curves.append((pruner, runs[0]["steps"], style, points))
     return curves
 
 
-def draw_seconds(contents: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_seconds(curves: list[Curve], path: Path) -> None:
     """The README's picture; the file says what it was drawn from."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
-    curves = seconds_curves(contents)
     colors = {FULL_DATA: "black", AT_ITS_RATE: "grey"}
-    for label, style, points in curves:
-        color = colors.setdefault(label.rsplit(", ", 1)[0], f"C{len(colors) - 2}")  # a row's own, in both lengths
-        axes.plot(*zip(*points, strict=True), style, marker=".", label=label, color=color)
+    for pruner, steps, style, points in curves:
+        color = colors.setdefault(pruner, f"C{len(colors) - 2}")  # a row's own, in both lengths
+        axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{pruner}, {steps} steps", color=color)
     axes.set(ylim=(0.62, 1.0), xlim=(0, None), xlabel="CPU seconds of training, scoring included")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -264,12 +263,13 @@ def main() -> int:
         else:
             path.write_text(pages[path], encoding="utf-8")
             print(f"Written: {path}")
-    if not is_drawn_from(PICTURE, seconds_curves(contents)):
+    curves = seconds_curves(contents)
+    if not is_drawn_from(PICTURE, curves):
         stale.append(PICTURE)
         if arguments.check:
             print(f"{PICTURE} does not show the committed results: run `python docs/make_results.py`.", file=sys.stderr)
         else:
-            draw_seconds(contents, PICTURE)
+            draw_seconds(curves, PICTURE)
             print(f"Drawn: {PICTURE}")
     return 1 if arguments.check and stale else 0
 

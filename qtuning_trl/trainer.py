@@ -178,6 +178,10 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         noisy = args.neftune_noise_alpha is not None or has_dropout(model)
         self._renews_scores = cache is not None and proxy is None and not noisy
 
+        # Tokens that are chosen inside the loss are weighted there.
+        held = args.sample_needs if args.prunes_in_loss else (*args.sample_needs, *args.token_needs)
+        self._weighs_survivors = "weights" in held
+
         scorers = [scorer for scorer in (model, proxy, reference) if scorer is not None]
         training_collator: Any = self.data_collator  # others are refused
         collator = scoring_collator(training_collator, scorers, args.device)
@@ -321,7 +325,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                 if survivors and loss_budget is not None:  # first: what it sees is not weighted yet
                     choose = partial(self.loss_pruner.weights, survivors, loss_budget, self.state)
                     stack.enter_context(weighted_losses(self.model, choose))
-                if survivors and "weights" in {*self.args.sample_needs, *self.args.token_needs}:
+                if survivors and self._weighs_survivors:
                     stack.enter_context(weighted_losses(self.model, loss_weights(survivors)))
                 return super(QTuningSFTTrainer, self).training_step(model, dict(inputs), num_items_in_batch)
 

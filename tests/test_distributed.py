@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
+from test_pruners import weighted_gradient
 from test_trainer import COMMON, Recorder, lora, losses
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -102,16 +103,11 @@ def test_gradient_is_that_of_the_weighted_tokens_of_both(runs, tokenizer, tmp_pa
         tiny_llama(), SFTConfig(str(tmp_path), **COMMON), train_dataset=data, processing_class=tokenizer,
         peft_config=lora(),
     ).model  # fmt: skip
-    loss, weights = torch.zeros(()), [of_row for of_row in run["weights"] if of_row]
+    weights = [of_row for of_row in run["weights"] if of_row]
     assert len({weight for of_row in weights for weight in of_row}) > len(weights)
-    for row, of_row in zip(run["survivors"], weights, strict=True):
-        labels = torch.tensor(row["labels"])[1:]
-        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-        loss = loss + (torch.tensor(of_row) * losses[labels != -100]).sum()
-    loss.backward()
-    ours = torch.cat([gradient.flatten() for gradient in run["gradient"].values()])
-    expected = torch.cat([dict(model.named_parameters())[name].grad.flatten() for name in run["gradient"]])
+    gradient = weighted_gradient(run["survivors"], weights, model)
+    ours = torch.cat([of_parameter.flatten() for of_parameter in run["gradient"].values()])
+    expected = torch.cat([gradient[name].flatten() for name in run["gradient"]])
     # The trainer's is clipped: only its direction is compared.
     torch.testing.assert_close(ours / ours.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
 

@@ -274,9 +274,9 @@ def trained_rows(trainer) -> tuple[list[dict], list[list[float]], Recorder]:
     return [row for batch in seen.batches[0] for row in rows_of(batch)], seen.weights[0], seen
 
 
-def weighted_gradient(rows: list[dict], weights: list[list[float]]) -> dict[str, torch.Tensor]:
+def weighted_gradient(rows: list[dict], weights: list[list[float]], model=None) -> dict[str, torch.Tensor]:
     """Of the sum of the losses of labelled tokens, each times its weight, over their number; without any trainer."""
-    model = tiny_llama()
+    model = tiny_llama() if model is None else model
     loss, tokens = torch.zeros(()), 0
     for row, of_row in zip(rows, weights, strict=True):
         labels = torch.tensor(row["labels"])[1:]
@@ -285,7 +285,7 @@ def weighted_gradient(rows: list[dict], weights: list[list[float]]) -> dict[str,
         loss = loss + (torch.tensor(of_row) * losses).sum()
         tokens += len(losses)
     (loss / tokens).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 PAIRS = [

@@ -5,7 +5,6 @@ from itertools import accumulate
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerState
 
@@ -13,7 +12,7 @@ from ..config import QTuningSFTConfig
 from ..method import budget_size
 from ..pruners import Answers, token_pruner
 from .sample import Sample, answer_lengths
-from .selection import bare_answers, step_generator
+from .selection import bare_answers, gather_compared, step_generator
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,11 @@ class LossPruner:
         pooled: list[int | None] = [None] * len(micro_batches)
         if self.args.token_budget == "pool":
             sizes = [sum(answer_lengths(samples)) for samples in micro_batches]
-            together = self.args.compares_processes
-            parts = gather_object([(pool_tokens, sizes)]) if together else [(pool_tokens, sizes)]
+            parts = gather_compared(self.args, (pool_tokens, sizes))
             asked = budget_size(self.args.sample_ratio * self.args.token_ratio, sum(part[0] for part in parts))
             shares = split_budget(asked, [size for part in parts for size in part[1]])
-            first = sum(len(part[1]) for part in parts[: self.accelerator.process_index]) if together else 0
+            own = self.accelerator.process_index if self.args.compares_processes else 0
+            first = sum(len(part[1]) for part in parts[:own])
             pooled = list(shares[first : first + len(sizes)])
         budgets = []
         for place, (samples, share) in enumerate(zip(micro_batches, pooled, strict=True)):

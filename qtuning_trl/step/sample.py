@@ -110,10 +110,10 @@ def answer_lengths(documents: list[Sample]) -> list[int]:
 
 def loss_weights(documents: list[Sample]) -> Tensor:
     """Weights of the losses of their answer tokens, the sample's times the token's: shape `(answer tokens,)`."""
-    weights = [torch.full((size,), doc.weight) for doc, size in zip(documents, answer_lengths(documents), strict=True)]
-    for index, document in enumerate(documents):
-        if document.token_weights is not None:
-            weights[index] = weights[index] * torch.from_numpy(document.token_weights)
+    weights = []
+    for document, size in zip(documents, answer_lengths(documents), strict=True):
+        of_tokens = torch.ones(size) if document.token_weights is None else torch.from_numpy(document.token_weights)
+        weights.append(document.weight * of_tokens)
     return torch.cat(weights)
 
 

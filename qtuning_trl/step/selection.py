@@ -256,9 +256,7 @@ class Selector:
         mask = answer_mask(samples)
         whole = sum(answer_lengths(kept)) - int(mask.sum())
         tokens = np.array([group.answer_tokens, whole, group.sequence_tokens, sequence_tokens(kept)])
-        if self.args.compares_processes:
-            tokens = sum(gather_object([tokens]))
-        in_pool, whole, of_sequences, of_survivors = tokens.tolist()
+        in_pool, whole, of_sequences, of_survivors = sum(gather_compared(self.args, tokens)).tolist()
         budget = None
         if self.args.token_budget == "pool":
             asked = budget_size(self.args.sample_ratio * self.args.token_ratio, in_pool)
@@ -269,7 +267,7 @@ class Selector:
             bare_answers(self.args, samples, self.protected_ids, generator, budget),
             sequence_tokens=of_sequences,
             survivor_tokens=of_survivors,
-            gather=(lambda value: gather_object([value])) if self.args.compares_processes else (lambda value: [value]),
+            gather=partial(gather_compared, self.args),
             process=self.accelerator.process_index if self.args.compares_processes else 0,
             attention=partial(self._attention, model, samples) if attends else None,
             embeddings=partial(self._embeddings, model, samples) if attends else None,
@@ -298,6 +296,11 @@ class Selector:
                 for keep, index in zip(self.token_pruner.prune(of_group).numpy(), indices, strict=False):
                     survivors[index] = prune_document(survivors[index], keep, self.args.token_pruning == "drop")
         return replace(selection, survivors=survivors)
+
+
+def gather_compared(args: QTuningSFTConfig, value: Any) -> list[Any]:
+    """The values of all processes whose candidates are compared with each other, or this process's own alone."""
+    return gather_object([value]) if args.compares_processes else [value]
 
 
 def bare_answers(

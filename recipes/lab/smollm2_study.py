@@ -54,8 +54,7 @@ def gsm8k(trainer: Any) -> dict[str, float]:
     calculations: list[dict[str, float]] = []
     entropies = []
     for (ids, first), logits in zip(rows, _logits(trainer, rows), strict=True):
-        log_probs = logits.log_softmax(dim=-1)
-        entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        entropies.append(_entropy(logits))
         tokens = torch.tensor(ids[first:])
         for result in results_of_calculations([tokenizer.decode(token) for token in tokens]):
             calculations.append(_chances(logits[result], tokens[result], "calculations"))
@@ -78,8 +77,18 @@ def _chances(logits: torch.Tensor, tokens: torch.Tensor, name: str) -> dict[str,
         return float((logits / temperature).log_softmax(dim=-1).gather(1, tokens[:, None]).sum().exp())
 
     first_choice = float((logits.argmax(dim=-1) == tokens).all())
-    cooler = {f"sampled_{name}_{temperature}": probability(temperature) for temperature in TEMPERATURES}
-    return {name: first_choice, f"sampled_{name}": probability(1.0), **cooler}
+    return {name: first_choice, **{_sampled(name, t): probability(t) for t in (1.0, *TEMPERATURES)}}
+
+
+def _sampled(name: str, temperature: float) -> str:
+    """What a figure is called where it is sampled."""
+    return f"sampled_{name}" + ("" if temperature == 1.0 else f"_{temperature}")
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Of each distribution, in nats."""
+    log_probs = logits.log_softmax(dim=-1)
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def _means(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -110,9 +119,10 @@ def squad(trainer: Any) -> dict[str, float]:
     model.eval()
     rows = read_rows(FOLDER / "squad" / "test.jsonl")
     figures: dict[str, float] = {}
+    entropies = []
     for temperature in (None, 1.0, *TEMPERATURES):
         set_seed(0)
-        exact, f1, entropies = [], [], []
+        exact, f1 = [], []
         for batch in (rows[i : i + BATCH_SIZE] for i in range(0, len(rows), BATCH_SIZE)):
             inputs = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True, padding_side="left")
             with torch.no_grad(), trainer.accelerator.autocast():
@@ -122,21 +132,21 @@ def squad(trainer: Any) -> dict[str, float]:
                     max_new_tokens=NEW_TOKENS,
                     pad_token_id=tokenizer.pad_token_id,
                     return_dict_in_generate=True,
-                    output_logits=True,
+                    output_logits=temperature == 1.0,
                 )
             ids = output.sequences[:, inputs["input_ids"].shape[1] :]
-            log_probs = torch.stack(output.logits, dim=1).float().log_softmax(dim=-1)
-            for row, tokens, of_row in zip(batch, ids, -(log_probs.exp() * log_probs).sum(dim=-1), strict=True):
+            if temperature == 1.0:
+                of_batch = _entropy(torch.stack(output.logits, dim=1).float())
+                entropies += [row[: _answer_length(tokenizer, own)] for row, own in zip(of_batch, ids, strict=True)]
+            for row, tokens in zip(batch, ids, strict=True):
                 said = tokenizer.decode(tokens, skip_special_tokens=True).strip().split("\n")[0]
                 # Its items are a prediction, and a reference after the number of its question.
                 pairs = [(said, "0_" + answer.replace("_", " ")) for answer in row["answers"]]
                 exact.append(squad_em_agg(pairs))
                 f1.append(squad_f1_agg(pairs))
-                entropies.append(of_row[: _answer_length(tokenizer, tokens)])
-        name, at = ("", "") if temperature is None else ("sampled_", "" if temperature == 1.0 else f"_{temperature}")
-        figures |= {f"{name}accuracy{at}": float(sum(exact)) / len(rows), f"{name}f1{at}": float(sum(f1)) / len(rows)}
-        if temperature == 1.0:
-            figures["entropy"] = float(torch.cat(entropies).mean())
+        for name, found in (("accuracy", exact), ("f1", f1)):
+            figures[name if temperature is None else _sampled(name, temperature)] = float(sum(found)) / len(rows)
+    figures["entropy"] = float(torch.cat(entropies).mean())
     return figures | others(trainer, ("instructions", "gsm8k"))
 
 
