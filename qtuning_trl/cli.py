@@ -171,7 +171,8 @@ def _exit_status(returncode: int) -> int:
     if returncode in (INTERRUPTED, -signal.SIGINT):
         return INTERRUPTED
     if returncode < 0:
-        print(f"qtuning: error: the run was ended by signal {-returncode}.", file=sys.stderr)
+        # A new line first: a process that is ended leaves its progress bar where it stands.
+        print(f"\nqtuning: error: the run was ended by signal {-returncode}.", file=sys.stderr)
     return FAILED_RUN
 
 
