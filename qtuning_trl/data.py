@@ -9,17 +9,26 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value, load
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from . import demo
+from .config import QTuningSFTConfig
 from .conversations import (
     HISTORY_COLUMN,
     SYSTEM_COLUMNS,
     TOOLS_COLUMN,
+    is_conversation,
     normalize_messages,
     past_turns,
     tools_as_json,
     with_system,
 )
 from .files import FORMATS, file_names, what_is_wrong
-from .shapes import PAIRS, conversation_column, known_pairs, refuse_preferences, refuse_unknown_columns
+from .shapes import (
+    PAIRS,
+    context_left_out,
+    conversation_column,
+    known_pairs,
+    refuse_preferences,
+    refuse_unknown_columns,
+)
 
 Row = dict[str, Any]
 # What TRL looks at to tell one type of data set from another: left beside the mapped columns, they would mislead it.
@@ -230,11 +239,13 @@ def map_columns(
     for name, option in used.items():
         if name not in columns:
             raise ValueError(f"`{option}` names the column {name!r}: use those there are ({', '.join(columns)}).")
+    if messages_column is None:
+        _refuse_lost_columns(dataset, context_left_out(columns, used))
     if messages_column is None and not as_messages:
-        _refuse_lost_columns(dataset, beside)
-    elif beside.tools is not None:
-        produced[TOOLS_COLUMN] = Value("string")
-    if messages_column is not None or as_messages:
+        _refuse_lost_columns(dataset, beside.names(), "set `as_messages` to true, which takes it along, ")
+    else:
+        if beside.tools is not None:
+            produced[TOOLS_COLUMN] = Value("string")
         used |= dict.fromkeys(beside.names(with_history=as_messages), "")
     removed = [name for name in columns if (name in used or name in TRL_COLUMNS - {*produced}) and name not in keep]
     options: dict[str, Any] = {}
@@ -243,6 +254,41 @@ def map_columns(
         # Json: Arrow would give each turn, and the arguments of each tool call, the keys of all others.
         options = {"num_proc": num_proc, "features": Features({**left, **produced})}
     return dataset.map(convert, remove_columns=removed, **options)
+
+
+def mapped(dataset: Any, script_args: Any, training_args: QTuningSFTConfig) -> Any:
+    """
+    A data set with its columns mapped as options say; conversations that none names are recognized.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The data.
+        script_args ([`~scripts.sft.QTuningScriptArguments`]): How columns are mapped.
+        training_args ([`QTuningSFTConfig`]): Its `assistant_only_loss` is set for conversations that were recognized.
+
+    Raises:
+        `ValueError`: As [`map_columns`] and [`recognize`].
+    """
+    counted = (training_args.group_column, training_args.score_column)
+    templates = (script_args.prompt_template, script_args.completion_template)
+    column = script_args.messages_column
+    first: Row = next(iter(dataset), {})
+    if column is not None and isinstance(first.get(column), str):
+        raise ValueError(
+            f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
+            "of turns), or use `prompt_template` and `completion_template`."
+        )
+    if column is None and not any(templates) and not script_args.as_messages:
+        column = recognize(dataset, counted, training_args.dataset_text_field)
+        if column not in (None, "messages"):
+            training_args.assistant_only_loss = True
+    num_proc = training_args.dataset_num_proc
+    return map_columns(dataset, *templates, column, script_args.as_messages, keep=counted, num_proc=num_proc)
+
+
+def holds_conversations(dataset: Any) -> bool:
+    """Whether a mapped data set needs a chat template, by its first row."""
+    first: Row = next(iter(dataset), {})
+    return is_conversation(first.get("messages")) or is_conversation(first.get("prompt"))
 
 
 def recognize(dataset: Dataset | IterableDataset, counted: tuple[str | None, ...], text_field: str) -> str | None:
@@ -304,17 +350,17 @@ def _known_templates(columns: list[str]) -> dict[str, str | None]:
     return {"prompt_template": prompt, "completion_template": completion}
 
 
-def _refuse_lost_columns(dataset: Dataset | IterableDataset, beside: _Beside) -> None:
-    """Raise a `ValueError` for a system text, tools or a history that a plain prompt would leave out."""
+def _refuse_lost_columns(dataset: Dataset | IterableDataset, names: list[str], remedy: str = "") -> None:
+    """Raise a `ValueError` for what belongs to the prompt and no template names, if these columns hold any."""
     rows = dataset if isinstance(dataset, Dataset) else list(dataset.take(1))
-    for name in beside.names():
+    for name in names:
         values = rows[name] if isinstance(rows, Dataset) else [row[name] for row in rows]
         filled = sum(bool(value) for value in values)
         if filled:
-            remedy = "" if name == HISTORY_COLUMN else f"name it in `prompt_template` ('{{{name}}}'), "
+            own = "" if name == HISTORY_COLUMN else f"name it in `prompt_template` ('{{{name}}}'), "
             raise ValueError(
                 f"`train_dataset` has the column {name!r}, filled in {filled:,} of its rows, which no template names: "
-                f"set `as_messages` to true, which carries it through the chat template, {remedy}or remove the column."
+                f"{remedy}{own}or remove the column."
             )
 
 

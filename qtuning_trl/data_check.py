@@ -351,7 +351,7 @@ def _small_pools(args: QTuningSFTConfig, rows: int | None) -> list[str]:
             remedy = f"set `selection_scope` to 'process', or `per_device_train_batch_size` to {wanted}"
     return [
         f"{kept:,} of {size:,} candidates {'is' if kept == 1 else 'are'} kept: a pool so small has hardly a sample in "
-        f"the corners Q2 and Q4, and most survivors only fill up the budget; {remedy}."
+        f"the corners Q2 and Q4, and many survivors only fill up the budget; {remedy}."
     ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from .files import refuse_unusable_files
 from .names import known_names, remedy
-from .recipe_files import load_recipe
+from .recipe_files import load_recipes, named_in
 from .values import NUMBERS, refuse_bad_values, refuse_missing_extras
 
 # What `qtuning score` calls two of these options.
@@ -29,16 +29,18 @@ def check_early(argv: Sequence[str], script: str) -> None:
     if tokens and not tokens[0].startswith("-"):
         form = f"`--config {tokens[0]}`" if tokens[0].endswith((".yaml", ".yml")) else "`--name value`"
         raise ValueError(f"`{tokens[0]}` belongs to no option: give options as {form}.")
-    typed = _typed(tokens)
+    typed = {name: (token, value) for name, token, value in _options(tokens) if name != "config"}
     known = known_names(script)
-    if typed.get("config", ("", ""))[1] is None or sum(token.partition("=")[0] == "--config" for token in tokens) > 1:
+    configs = [value for name, _, value in _options(tokens) if name == "config"]
+    paths = [value for value in configs if value is not None]
+    if len(paths) < len(configs):
         return  # the parser says it better
-    path = typed.pop("config", ("", None))[1]
-    recipe = load_recipe(path) if path else {}
+    recipe, origins = load_recipes(paths), named_in(paths)
     if known is not None:
         for name, value in recipe.items():
             if name not in known:
-                raise ValueError(f"`{name}: {value}` in {path} is no known option: {remedy(name, known, prog)}")
+                where = origins[name]
+                raise ValueError(f"`{name}: {value}` in {where} is no known option: {remedy(name, known, prog)}")
         for name, (token, _) in typed.items():
             if name not in known and name.removeprefix("no_") not in known:
                 raise ValueError(f"`{token}` is no known option: {remedy(name, known, prog, '--')}")
@@ -52,16 +54,16 @@ def check_early(argv: Sequence[str], script: str) -> None:
         refuse_unusable_files(values)
 
 
-def _typed(tokens: list[str]) -> dict[str, tuple[str, Any]]:
-    """Options of a command line: their names, with underscores, to the token as it was typed and the value."""
-    typed: dict[str, tuple[str, Any]] = {}
+def _options(tokens: list[str]) -> list[tuple[str, str, str | None]]:
+    """Options of a command line: their names, with underscores, the token as it was typed, and the value."""
+    found = []
     for index, token in enumerate(tokens):
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
             following = tokens[index + 1] if index + 1 < len(tokens) else "--"
             given = value if equals else None if following.startswith("--") else following
-            typed[name.replace("-", "_")] = (token, given)
-    return typed
+            found.append((name.replace("-", "_"), token, given))
+    return found
 
 
 def _well_formed(datasets: Any, known: set[str] | None) -> bool:

@@ -24,7 +24,8 @@ TRLS = {
     ),
     "data": (
         "dataset_name", "datasets", "dataset_train_split", "test_split_size", "prompt_template", "completion_template",
-        "messages_column", "chat_template_path", "assistant_only_loss", "completion_only_loss", "max_length", "packing",
+        "as_messages", "messages_column", "dataset_text_field", "chat_template_path", "fallback_chat_template",
+        "assistant_only_loss", "completion_only_loss", "max_length", "packing",
     ),
     "training": (
         "output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps",

@@ -52,6 +52,19 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return _load(find_recipe(path), ())
 
 
+def load_recipes(paths: Sequence[str | Path]) -> dict[str, Any]:
+    """Several recipes as one, as if they were the `base` of another: a later one replaces keys of an earlier one."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merge(merged, load_recipe(path))
+    return merged
+
+
+def named_in(paths: Sequence[str]) -> dict[str, str]:
+    """For each key of [`load_recipes`] the recipe that it comes from."""
+    return {key: path for path in paths for key in load_recipe(path)}
+
+
 def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     where = path.resolve()
     if where in children:

@@ -15,7 +15,7 @@ from trl.scripts.utils import DatasetConfig
 
 from .help import Formatter, HelpAll, format_help
 from .names import OTHERS, remedy
-from .recipe_files import BASE_KEY, load_recipe
+from .recipe_files import load_recipes, named_in
 
 ACCELERATE_CONFIG = "accelerate_config"
 # Options of `accelerate launch` that say what is launched, which is not the recipe's to choose.
@@ -42,7 +42,7 @@ class Parsed:
 
 class RecipeParser(TrlParser):
     """
-    [`~trl.TrlParser`] that reads recipes by [`load_recipe`] and refuses what nobody knows.
+    [`~trl.TrlParser`] that reads recipes by [`load_recipes`] and refuses what nobody knows.
 
     It takes keys of the dataclasses and of `accelerate launch`. Use one parser per parse: as in TRL, the values of a
     recipe become the parser's defaults.
@@ -55,7 +55,8 @@ class RecipeParser(TrlParser):
             type=_recipe,
             default=argparse.SUPPRESS,
             help="A YAML file of these options and those of `accelerate launch`, or one that `qtuning recipes` lists; "
-            "its key `base` names recipes it builds on. Options on the command line replace those of the recipe.",
+            "its key `base` names recipes it builds on. Given several times, a later one replaces keys of an earlier "
+            "one. Options on the command line replace those of the recipes.",
         )
         self.add_argument(
             "--help-all", "--help_all", nargs=0, action=HelpAll, default=argparse.SUPPRESS,
@@ -87,43 +88,38 @@ class RecipeParser(TrlParser):
         launch_parser.error = self.error
         launch_actions = {a.dest: a for a in launch_parser._actions if a.dest not in NOT_FOR_RECIPES}
 
-        config_path, argv = self._take_config(argv)
-        recipe_launch_args = self._apply_recipe(config_path, launch_actions) if config_path is not None else []
+        paths, argv = self._take_configs(argv)
+        recipe_launch_args = self._apply_recipes(paths, launch_actions)
         *dataclasses, extras = self.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
         )
         self._refuse_unknown_options(extras, launch_actions)
         script_args = _without_subsequence(argv, extras)
-        if config_path is not None:
-            script_args = ["--config", config_path, *script_args]
+        script_args = [*(part for path in paths for part in ("--config", path)), *script_args]
         typed = [part for token in extras for part in token.split("=", 1)]
         return Parsed(tuple(dataclasses), [*recipe_launch_args, *typed], script_args, typed)
 
-    def _take_config(self, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    def _take_configs(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", action="append", default=[])
         finder.error = self.error  # type: ignore[method-assign]
         found, rest = finder.parse_known_args(list(argv))
-        if len(found.config) > 1:
-            raise ValueError(
-                f"`--config` is given {len(found.config)} times: give one; a recipe names others in `{BASE_KEY}`."
-            )
-        return (found.config[0] if found.config else None), rest
+        return found.config, rest
 
-    def _apply_recipe(self, path: str, launch_actions: dict[str, argparse.Action]) -> list[str]:
-        """Make a recipe's values the defaults, set its `env`, and return its arguments for `accelerate launch`."""
-        recipe = load_recipe(path)
+    def _apply_recipes(self, paths: list[str], launch_actions: dict[str, argparse.Action]) -> list[str]:
+        """Make the recipes' values the defaults, set their `env`, and return what is for `accelerate launch`."""
+        recipe, origins = load_recipes(paths), named_in(paths)
         for name, value in (recipe.pop("env", None) or {}).items():
             os.environ[name] = str(value)
         values, launch_args = {}, []
         for name, value in recipe.items():
             if name in self._actions_by_name:
-                values[name] = self._checked_value(name, value, path)
+                values[name] = self._checked_value(name, value, origins[name])
             elif name in launch_actions or name == ACCELERATE_CONFIG:
                 launch_args += _launch_argument(name, value, launch_actions.get(name))
             else:
                 raise ValueError(
-                    f"`{name}: {value}` in {path} is no known option: {self._remedy(name, launch_actions)}"
+                    f"`{name}: {value}` in {origins[name]} is no known option: {self._remedy(name, launch_actions)}"
                 )
         self.set_defaults_with_config(**values)
         return launch_args

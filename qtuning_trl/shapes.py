@@ -1,5 +1,6 @@
 """Shapes of data sets: which sets of columns are known, which are refused by name, and what to do about the others."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,14 @@ PAIRS = (
 
 def known_pairs(columns: list[str]) -> Pairs | None:
     return next((pairs for pairs in PAIRS if pairs.fits(columns)), None)
+
+
+def context_left_out(columns: list[str], used: Collection[str]) -> list[str]:
+    """The column beside an instruction (Alpaca's `input`, Dolly's `context`) that templates of it do not name."""
+    if "instruction" not in used:
+        return []
+    beside = [pairs.context for pairs in PAIRS if pairs.prompt == "instruction" and pairs.fits(columns)]
+    return [name for name in beside if name in columns and name not in used]
 
 
 def conversation_column(first: Row) -> str | None:

@@ -198,7 +198,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
             self.add_callback(ScoreKeeper(self.scorer.cache))
         self.add_callback(RunRecord)
         self._recorder = None
-        if self.args.record and "scores" in self.args.sample_needs:
+        if self.args.record:
             self._recorder = SampleRecorder(lambda: self.run_record, self._tokenizer, self._data_facts)
             self.add_callback(self._recorder)
         self.add_callback(PlaneLogger(lambda: self.last_pool, self.callback_handler))
@@ -288,7 +288,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
                 selection = self.selector.prune_tokens(selection, answers)
         with phase("selection"):
             self.last_pool = pool_columns(selection)
-            if self._recorder is not None:
+            if self._recorder is not None and "scores" in self.args.sample_needs:
                 for group, survivors in selection.by_group():
                     self._recorder.add(self.args, group, survivors)
             return selection.survivors, count_step(self.args, groups, candidates, pool, selection)

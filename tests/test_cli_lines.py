@@ -61,7 +61,8 @@ def test_closing_lines_of_a_whole_model_offer_no_merge():
         "steps": 1200, "candidates": 9600, "kept": 1200, "answer_tokens": {"candidates": 100_000, "kept": 9_000},
         "seconds": {"training": 3000.0, "total": 4000.0},
     }  # fmt: skip
-    assert closing_lines(summary, "out", False, "s.json").splitlines() == [
+    lines = closing_lines(summary, "out", False, True, "s.json").splitlines()
+    assert lines == [
         "Trained on 1,200 of 9,600 samples and 9,000 of 100,000 answer tokens (9.0%),",
         "in 1,200 steps and 1 h 6 min, 25% of it to select.",
         "Model saved to out; what was kept: out/s.json",
@@ -69,3 +70,4 @@ def test_closing_lines_of_a_whole_model_offer_no_merge():
         "  qtuning report out",
         "  qtuning eval --model out",
     ]
+    assert closing_lines(summary, "out", False, False, "s.json").splitlines() == [*lines[:4], *lines[5:]]

@@ -77,6 +77,10 @@ def test_empty_columns_take_their_line_or_paragraph_with_them(text, row, rendere
         ({"prompt_template": "{question}", "completion_template": "{output}"}, r"names the column 'question'.*source"),
         ({"prompt_template": "{instruction}"}, "`completion_template` is not given"),
         ({"completion_template": "{output}"}, "`prompt_template` is not given"),
+        (
+            {"prompt_template": "{instruction}", "completion_template": "{output}"},
+            "column 'input', filled in",
+        ),
         ({"messages_column": "output", "prompt_template": "{input}"}, "give only one of the two"),
         ({"messages_column": "chat"}, "`messages_column` names the column 'chat'"),
         (

@@ -16,7 +16,8 @@ from qtuning_trl.conversations import tools_as_json, without_nulls
 from qtuning_trl.data import map_columns
 from qtuning_trl.dry_run import marked
 from qtuning_trl.scripts import sft
-from qtuning_trl.step.sample import split_documents
+from qtuning_trl.scripts.plan import make_planner
+from qtuning_trl.step.sample import answer_lengths, split_documents
 
 DATA = Path(__file__).parent / "data"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -219,6 +220,24 @@ def test_alpacas_columns_become_messages_with_system_and_history(samples):
     )
     by_recipe, _ = samples("alpaca_history.json", "smollm2", config=RECIPES / "data/local_instruction_messages.yaml")
     assert by_recipe == with_history
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("alpaca_history.json", {"as_messages": True}),
+        ("sharegpt.jsonl", {}),
+        ("alpaca.json", {"config": RECIPES / "data/local_instruction.yaml"}),
+    ],
+)
+def test_a_plan_measures_the_rows_that_are_trained_on(command, data, options):
+    """With the chat template, and conversations that no option names."""
+    argv = command(data, "smollm2", **options)
+    lengths = make_planner(argv).lengths
+    rows = sft.build_trainer(*sft.parse(argv).dataclasses).train_dataset
+    assert lengths.source == "all rows measured"
+    assert lengths.tokens.tolist() == [len(row["input_ids"]) for row in rows]
+    assert lengths.labelled.tolist() == [sum(answer_lengths(split_documents(row))) for row in rows]
 
 
 @pytest.mark.parametrize(

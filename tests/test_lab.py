@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from qtuning_trl.demo.arithmetic import is_held_out, right_answer
 from qtuning_trl.demo.lab import NOISE, corrupted, make_gsm8k, make_sums
 from qtuning_trl.demo.make_base_model import batches, make_tokenizer
-from qtuning_trl.recipes import load_recipe
+from qtuning_trl.recipe_files import load_recipe
 from qtuning_trl.scripts import compare, sft
 from qtuning_trl.studies.compare import RECIPE_NAME, Run, load_comparison, rows_from_json, summarize
 
@@ -135,6 +135,14 @@ def smollm2(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return module
+
+
+def test_the_study_takes_squads_own_columns(smollm2):
+    own = {"title": "T", "context": "It is red.", "question": "Which colour?", "answers": {"text": ["red", "a red"]}}
+    row = smollm2.squad_row(own)
+    assert row["prompt"] + row["completion"] == "Context: It is red.\nQuestion: Which colour?\nAnswer: red"
+    assert (row["answers"], row["title"]) == (["red", "a red"], "T")
+    assert smollm2.squad_row(row) == row
 
 
 def log_probs_of(model, ids: list[int], first: int) -> torch.Tensor:

@@ -304,6 +304,15 @@ def test_fit_finds_the_fastest_settings_that_fit_and_learn_the_same(only_the_mod
         assert found.time["step"] < own.time["step"]
 
 
+def test_fit_leaves_a_micro_batch_as_large_where_it_is_the_pool(only_the_model, small_dir):
+    planner = planner_of(small_dir, "--selection_scope", "micro_batch")
+    own, smaller = planner.setting, replace(planner.setting, rows=1, accumulation=16)
+    found = fit(planner, 8.0)
+    assert (found.setting.rows, found.setting.accumulation) == (own.rows, own.accumulation) == (4, 4)
+    with pytest.raises(ValueError, match="4 rows of 256 tokens at a time, does not fit"):
+        fit(planner, 1.1 * planner.memory(replace(smaller, four_bit=True)).bytes / GIB)
+
+
 def test_fit_takes_four_bits_only_if_it_must_and_never_another_max_length(only_the_model, small_dir):
     planner = planner_of(small_dir)
     weights = planner.plan().memory.parts["weights"]
@@ -336,14 +345,14 @@ def test_a_written_recipe_builds_on_the_other_and_has_the_same_plan(only_the_mod
     planner = make_planner(["--config", str(tmp_path / "recipe.yaml")])
     found = fit(planner, 0.012)
     lines = recipe_lines(found, planner.setting)
-    write_recipe(tmp_path / "new.yaml", str(tmp_path / "recipe.yaml"), lines, 0.012)
-    assert yaml.safe_load((tmp_path / "new.yaml").read_text()) == {"base": "recipe.yaml", **lines}
+    write_recipe(tmp_path / "new.yaml", [str(tmp_path / "recipe.yaml"), "importance"], lines, 0.012)
+    assert yaml.safe_load((tmp_path / "new.yaml").read_text()) == {"base": ["recipe.yaml", "importance"], **lines}
     again = make_planner(["--config", str(tmp_path / "new.yaml")]).plan()
     del found.memory.peaks["plain"], again.memory.peaks["plain"]  # that of the recipe in hand
     assert again.memory == found.memory
     assert again.setting.rows * again.setting.accumulation == 16
     with pytest.raises(ValueError, match="the file exists"):
-        write_recipe(tmp_path / "new.yaml", "recipe.yaml", lines, 0.012)
+        write_recipe(tmp_path / "new.yaml", ["recipe.yaml"], lines, 0.012)
 
 
 def test_a_plan_says_what_it_does_not_count(small_dir):

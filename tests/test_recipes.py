@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedTokeniz
 
 from qtuning_trl.data import Template
 from qtuning_trl.method import budget_size
-from qtuning_trl.recipes import load_recipe
+from qtuning_trl.recipe_files import load_recipe
 from qtuning_trl.scripts.sft import main, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -35,6 +35,7 @@ ARCHITECTURES = {
 ROWS = {
     "mathinstruct": {"source": "s", "instruction": "add 1 and 2", "output": "the sum is 3"},
     "wizardlm": {"instruction": "add 1 and 2", "output": "the sum is 3"},
+    "local": {"prompt": "1 + 2", "completion": "the sum is 3"},
     "local_instruction": {"instruction": "add", "input": "", "output": "the sum is 3"},
     "local_instruction_messages": {
         "instruction": "add",
@@ -229,6 +230,23 @@ def test_a_recipe_builds_on_others_and_the_later_wins(tmp_path):
     (tmp_path / "b.yaml").write_text("base: a.yaml\ny: 2\nenv: {B: 2}\n")
     (tmp_path / "c.yaml").write_text("base: [a.yaml, b.yaml]\nz: 3\n")
     assert load_recipe(tmp_path / "c.yaml") == {"x": 1, "y": 2, "z": 3, "env": {"A": 1, "B": 2}}
+
+
+def test_several_recipes_on_the_command_line_are_one_and_the_later_wins(tmp_path, monkeypatch):
+    """As `base` does it; a launched process is told all of them."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").touch()
+    argv = ["--config", "smollm2-1.7b-lora", "--config=importance", "--seed", "7", "--config", "data/local"]
+    parsed = parse([*argv, *CPU])
+    script_args, args, model_args, _ = parsed.dataclasses
+    assert (args.budget, args.token_pruner, args.seed) == ("50x25", "importance", 7)
+    assert model_args.model_name_or_path == "HuggingFaceTB/SmolLM2-1.7B"
+    assert (script_args.dataset_name, script_args.prompt_template, args.group_column) == ("train.jsonl", None, None)
+    configs = ["--config", "smollm2-1.7b-lora", "--config", "importance", "--config", "data/local"]
+    assert parsed.script_args == [*configs, "--seed", "7", *CPU]
+    Path("own.yaml").write_text("budgets: 25x50\n")
+    with pytest.raises(ValueError, match=r"`budgets: 25x50` in own.yaml is no known option: did you mean `budget`"):
+        parse(["--config", "own.yaml", "--config", "importance"])
 
 
 def test_paths_beside_a_recipe_are_found(tmp_path):

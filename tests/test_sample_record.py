@@ -19,7 +19,7 @@ from qtuning_trl import load_record
 from qtuning_trl.records import samples as sample_record
 from qtuning_trl.records.run import COUNTS, SUMMARY_NAME
 from qtuning_trl.records.samples import RECORD_NAME, RecordReader, is_sampled, list_parts
-from qtuning_trl.report.report import run_data
+from qtuning_trl.report.report import run_data, write_report
 
 TESTS = Path(__file__).parent
 
@@ -145,14 +145,21 @@ def test_recording_changes_nothing_that_is_trained(tmp_path, tokenizer, prompt_c
     assert not (tmp_path / "False" / RECORD_NAME).exists()
 
 
-def test_a_run_that_keeps_everything_records_its_steps_alone(tmp_path, tokenizer, prompt_completion):
-    train(tmp_path, tokenizer, prompt_completion, budget="100x100", group_column=None)
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"budget": "100x100"}, 80), ({"sample_pruner": "random", "token_pruner": "hardest"}, 40)],
+)
+def test_a_run_that_does_not_score_its_pools_records_its_steps_alone(
+    tmp_path, tokenizer, prompt_completion, options, kept
+):
+    train(tmp_path, tokenizer, prompt_completion, group_column=None, **options)
     dataset = load_record(tmp_path)
     assert len(dataset) == 0
     assert "perplexity" in dataset.column_names
     steps = RecordReader(tmp_path).steps().to_pandas()
     assert steps.step.tolist() == [1, 2, 3, 4, 5, 6]
-    assert steps.kept_samples.sum() == 80
+    assert steps.kept_samples.sum() == kept
+    write_report([tmp_path], tmp_path / "report.html")
 
 
 # Interruption

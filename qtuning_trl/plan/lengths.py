@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig
 
 from .. import demo
+from ..chat_templates import settle_chat_template
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, pick_split
+from ..data import holds_conversations, load_data, mapped, pick_split
 from ..step.sample import answer_lengths, split_documents
 
 # Rows whose tokens are counted: the longest by their characters, and others evenly spread over the data.
@@ -91,10 +92,10 @@ def data_lengths(
     except (OSError, ValueError):
         return assumed_lengths(training_args, "the tokenizer is not here")
     chosen = _chosen_rows(data)
-    mapped = map_columns(
-        data.select(chosen), script_args.prompt_template, script_args.completion_template, script_args.messages_column
-    )
-    prepared = _prepared(config, training_args, mapped, tokenizer)
+    rows = mapped(data.select(chosen), script_args, training_args)
+    if holds_conversations(rows):
+        settle_chat_template(tokenizer, training_args, script_args.fallback_chat_template)
+    prepared = _prepared(config, training_args, rows, tokenizer)
     labels = prepared["labels"] if "labels" in prepared.column_names else prepared["input_ids"]
     tokens = np.array([len(ids) for ids in prepared["input_ids"]])
     labelled = np.array([sum(label != -100 for label in row[1:]) for row in labels])

@@ -220,6 +220,11 @@ class Planner:
         return not self.args.keeps_everything
 
     @property
+    def pool_is_micro_batch(self) -> bool:
+        """Whether the candidates of a micro-batch are compared with each other alone."""
+        return self.prunes and self.args.selection_scope == "micro_batch"
+
+    @property
     def setting(self) -> Setting:
         """The recipe's own settings."""
         return Setting(

@@ -55,7 +55,7 @@ def _time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, summary_name: str) -> str:
+def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, recorded: bool, summary_name: str) -> str:
     """
     What a run says at its end: what was kept, in which time, where it lies, and what can be done with it.
 
@@ -63,6 +63,7 @@ def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, summa
         summary (`dict`): That of the run, as `qtuning_summary.json` holds it.
         output_dir (`str`): Folder of the run.
         adapter (`bool`): Whether it holds an adapter and not a whole model.
+        recorded (`bool`): Whether it has a record, which a report is made from.
         summary_name (`str`): Name of the summary's file in it.
     """
     tokens, seconds = summary["answer_tokens"], summary["seconds"]
@@ -74,7 +75,7 @@ def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, summa
         f"{'Adapter' if adapter else 'Model'} saved to {output_dir}; "
         f"what was kept: {os.path.join(output_dir, summary_name)}",
         "Next:",
-        f"  qtuning report {output_dir}",
+        *([f"  qtuning report {output_dir}"] if recorded else []),
         f"  qtuning eval {'--adapter' if adapter else '--model'} {output_dir}",
     ]
     if adapter:

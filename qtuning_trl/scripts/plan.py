@@ -17,10 +17,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..cli import BAD_INPUT, EPILOG, exit_on_error, take_traceback_flag
+from ..recipe_files import load_recipes
 
 SHARDED = ("use_fsdp", "use_deepspeed", "use_megatron_lm", "accelerate_config", "config_file")
 
@@ -35,7 +37,7 @@ class PlanArguments:
     write: Path | None
     recipes: Path | None
     whole: bool
-    config: str | None
+    config: list[str]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"Any option of `qtuning sft` may follow, too. {EPILOG}",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE", help="the recipe to plan")
+    parser.add_argument("--config", metavar="RECIPE", action="append", default=[], help="the recipe to plan")
     parser.add_argument("--card", type=_gib, metavar="GB", help="plan for a card with so much memory, e.g. 12")
     parser.add_argument("--fit", type=_gib, metavar="GB", help="find the fastest settings that fit such a card")
     parser.add_argument("--write", type=Path, metavar="FILE", help="with --fit: write a recipe that builds on RECIPE")
@@ -84,15 +86,13 @@ def parse(argv: Sequence[str]) -> tuple[PlanArguments, list[str]]:
     options = PlanArguments(**vars(namespace))
     if options.card is not None and options.fit is not None:
         raise ValueError(f"`--card` is {options.card:g} and `--fit` is {options.fit:g}: give only one of the two.")
-    if options.write is not None and (options.fit is None or options.config is None):
+    if options.write is not None and (options.fit is None or not options.config):
         raise ValueError(
             f"`--write` is '{options.write}': give `--config` and `--fit` too, since it writes what they find."
         )
     if options.recipes is not None and not (options.recipes / "README.md").is_file():
         raise ValueError(f"`--recipes` is '{options.recipes}': give the folder that holds the recipes and README.md.")
-    if options.config is not None:
-        rest = ["--config", options.config, *rest]
-    return options, rest
+    return options, [*(part for path in options.config for part in ("--config", path)), *rest]
 
 
 def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
@@ -130,9 +130,7 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
 
 def _as_on_cpu(argv: Sequence[str]) -> list[str]:
     """What a recipe for a GPU needs to be parsed on a CPU, which has no float16; bfloat16 is as large."""
-    from ..recipes import load_recipe
-
-    given = load_recipe(argv[argv.index("--config") + 1]) if "--config" in argv else {}
+    given = load_recipes([value for option, value in pairwise(argv) if option == "--config"])
     typed = argv[argv.index("--fp16") + 1 :][:1] if "--fp16" in argv else [str(given.get("fp16", False))]
     half = typed == [] or typed[0].lower() != "false"
     return ["--use_cpu", "true", *(["--fp16", "false", "--bf16", "true"] if half else [])]
@@ -165,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
         lines = recipe_lines(plan, planner.setting)
         print(describe(plan), describe_lines(lines), sep="\n\n")
         if options.write is not None:
-            write_recipe(options.write, str(options.config), lines, options.fit)
+            write_recipe(options.write, options.config, lines, options.fit)
             print(f"\nWritten: {options.write}")
     if options.json is not None:
         options.json.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")

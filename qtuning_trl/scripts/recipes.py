@@ -69,7 +69,7 @@ def listing() -> str:
     width = max(len(name) for name, _ in data) + 2
     about = [f"  {name.ljust(width)}{what}" for name, what in data]
     usage = "qtuning sft --config NAME trains by one; qtuning recipes copy NAME gives a file to edit."
-    maps = "Data, for `base: [NAME, data/...]` in a recipe of your own:"
+    maps = "Data: `--config NAME --config data/...`, or `base: [NAME, data/...]` in a recipe of your own:"
     return "\n".join([*lines, "", maps, *about, "", usage])
 
 
@@ -104,6 +104,6 @@ def copy_recipe(name: str, file: str | None = None) -> Path:
         shutil.copyfile(template, target.parent / template.name)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
     comment = f"# {_first_comment(source.relative_to(SHIPPED).with_suffix('').as_posix())}\n"
-    help_line = "# `qtuning sft --help` explains each key; remove those that you leave as TRL has them.\n"
+    help_line = "# `qtuning sft --help-all` explains each key; remove those that you leave as TRL has them.\n"
     target.write_text(comment + help_line + text, encoding="utf-8")
     return target

@@ -28,7 +28,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, pick_split
+from ..data import load_data, mapped, pick_split
 from ..early import check_early
 from ..recipes import Parsed, RecipeParser
 from ..records.run import asked_shares
@@ -48,7 +48,6 @@ from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, is_written, o
 from .sft import (
     QTuningScriptArguments,
     find_model,
-    mapped,
     model_init_kwargs,
     refuse_missing_files,
     settle_template,

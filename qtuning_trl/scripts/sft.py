@@ -23,7 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
-from ..data import load_data, map_columns, pick_split, recognize
+from ..data import holds_conversations, load_data, mapped, pick_split
 from ..early import check_early
 from ..errors import cause
 from ..files import refuse_unusable_files
@@ -115,8 +115,10 @@ def refuse_missing_files(
     dataset_args: DatasetMixtureConfig,
 ) -> None:
     """Raise a `ValueError` if no model or no data is named, or what is named cannot be meant."""
-    undone = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
-    for option, holder in (("chat_template_path", training_args), *((name, script_args) for name in undone)):
+    of_data = ("prompt_template", "completion_template", "messages_column", "fallback_chat_template")
+    of_training = ("chat_template_path", "group_column")
+    undone = [*((name, script_args) for name in of_data), *((name, training_args) for name in of_training)]
+    for option, holder in undone:
         if str(getattr(holder, option)).lower() in ("null", "none"):
             setattr(holder, option, None)  # the command line's way to undo a recipe's
     names = ("dataset_name", "fallback_chat_template")
@@ -218,35 +220,14 @@ def _mapped(
     return mapped(pick_split(splits, name, f"dataset_{kind}_split"), script_args, training_args)
 
 
-def mapped(dataset: Any, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig) -> Any:
-    """A data set with its columns mapped; conversations that no option names are recognized, and answers labelled."""
-    counted = (training_args.group_column, training_args.score_column)
-    templates = (script_args.prompt_template, script_args.completion_template)
-    column = script_args.messages_column
-    first: dict[str, Any] = next(iter(dataset), {})
-    if column is not None and isinstance(first.get(column), str):
-        raise ValueError(
-            f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
-            "of turns), or use `prompt_template` and `completion_template`."
-        )
-    if column is None and not any(templates) and not script_args.as_messages:
-        column = recognize(dataset, counted, training_args.dataset_text_field)
-        if column not in (None, "messages"):
-            training_args.assistant_only_loss = True
-    num_proc = training_args.dataset_num_proc
-    return map_columns(dataset, *templates, column, script_args.as_messages, keep=counted, num_proc=num_proc)
-
-
 def settle_template(
     dataset: Any, model: str, script_args: QTuningScriptArguments, training_args: QTuningSFTConfig
 ) -> None:
     """Choose the chat template for mapped data: the model's own, if it has one."""
     from ..chat_templates import settle_chat_template
-    from ..conversations import is_conversation
     from ..host.loading import load_processing_class
 
-    first: dict[str, Any] = next(iter(dataset), {})
-    if is_conversation(first.get("messages")) or is_conversation(first.get("prompt")):
+    if holds_conversations(dataset):
         tokenizer = load_processing_class(model, training_args)
         settle_chat_template(tokenizer, training_args, script_args.fallback_chat_template)
 
@@ -273,7 +254,7 @@ def train(trainer: "QTuningSFTTrainer", dataset_name: str | None = None) -> None
     if report is not None:
         report.finish(output_dir)
     adapter = bool(getattr(trainer.model, "peft_config", None))
-    trainer.accelerator.print(closing_lines(trainer.summary(), output_dir, adapter, SUMMARY_NAME))
+    trainer.accelerator.print(closing_lines(trainer.summary(), output_dir, adapter, args.record, SUMMARY_NAME))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")

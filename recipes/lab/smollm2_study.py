@@ -200,6 +200,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def squad_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of SQuAD 1.1 with its own columns, or with those of the study already, as the study has it."""
+    if "prompt" in row:
+        return row
+    answers = row["answers"]["text"]
+    prompt = f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer:"
+    return {"prompt": prompt, "completion": f" {answers[0]}", "answers": answers, "title": row["title"]}
+
+
 def make_data(arguments: argparse.Namespace) -> None:
     """
     Rows that are short enough, as `prompt` and `completion`: of GSM8K and SQuAD, each clean and with 20% of the answers
@@ -226,7 +235,7 @@ def make_data(arguments: argparse.Namespace) -> None:
             for row in read_rows(arguments.gsm8k)
         ],
     )
-    squad_rows = short("squad", read_rows(arguments.squad))
+    squad_rows = short("squad", [squad_row(row) for row in read_rows(arguments.squad)])
     titles = sorted({row["title"] for row in squad_rows})
     held_out = set(random.Random(0).sample(titles, TITLES))
     splits = {
@@ -259,8 +268,12 @@ def make_data(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the data of the real model's study.")
-    for name in ("gsm8k", "squad", "instructions"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help=f"{name}, as JSON lines")
+    for name, columns in (
+        ("gsm8k", "question, answer"),
+        ("squad", "title, context, question, answers"),
+        ("instructions", "instruction, input, output"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"JSON lines with the columns {columns}")
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True, help="folder for the data")
     make_data(parser.parse_args())
