@@ -227,8 +227,8 @@ class QTuningSFTConfig(SFTConfig):
         default=True,
         metadata={
             "help": "Whether to append what each step decides about each sample to Parquet files in "
-            "`<output_dir>/qtuning_record`, which `qtuning report` and `load_record` read. A `sample_pruner` that "
-            "needs no scores has nothing to record."
+            "`<output_dir>/_qtuning_record`, which `qtuning report` and `load_record` read. Where the pool is not "
+            "scored, the counts and seconds of each step. It holds the samples' texts and is not pushed to the Hub."
         },
     )
     record_tokens: float = field(

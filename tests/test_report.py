@@ -279,7 +279,7 @@ def test_a_run_that_has_just_begun(run, tmp_path):
     for part in (begun / RECORD_NAME).glob("part-*"):
         shutil.rmtree(part)
     page, *_ = write_report([begun], png=True)
-    assert page == begun / "qtuning_report.html"
+    assert page == begun / "_qtuning_report.html"
     [shown] = page_data(page)["runs"]
     assert (shown["state"], shown["facts"]["candidates"]) == ("recorded up to step 0 of 6", 0)
 

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from conftest import prompt_completion_rows
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from test_trainer import PACKED, Recorder, make_trainer, rows_of
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
 from qtuning_trl import load_record
 from qtuning_trl.records import samples as sample_record
@@ -160,6 +163,27 @@ def test_a_run_that_does_not_score_its_pools_records_its_steps_alone(
     assert steps.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert steps.kept_samples.sum() == kept
     write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_a_push_leaves_out_the_record_and_the_report_which_hold_texts(
+    tmp_path, tokenizer, prompt_completion, monkeypatch
+):
+    trainer = train(tmp_path, tokenizer, prompt_completion, save_strategy="steps", save_steps=6)
+    write_report([tmp_path])
+    pushed: list[str] = []
+
+    def upload_folder(self, *, folder_path, ignore_patterns, **_):
+        files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        assert any(file.endswith("texts.parquet") for file in files)
+        pushed.extend(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer.hub_model_id, trainer.args.hub_strategy = "me/mine", HubStrategy.EVERY_SAVE
+    trainer.push_in_progress = None
+    trainer.push_to_hub()
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-6"))
+    assert {"model.safetensors", SUMMARY_NAME} <= set(pushed)
+    assert not [file for file in pushed if "record" in file or "report" in file or "text" in file]
 
 
 # Interruption

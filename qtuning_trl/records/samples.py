@@ -1,7 +1,7 @@
 """
 The record: what each optimizer step decided about each sample, in Parquet, while the run goes on; and reading it back.
 
-    <output_dir>/qtuning_record/
+    <output_dir>/_qtuning_record/
         run.json                            the run: processes, steps, data set, configuration, versions
         logs.jsonl                          what was logged: a line each (process 0)
         tokenizer/                          so that texts can be read without the model
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..config import QTuningSFTConfig
     from ..step.selection import Group
 
-RECORD_NAME = "qtuning_record"
+RECORD_NAME = "_qtuning_record"  # transformers pushes no file whose path begins with `_`, and this holds texts
 LOGS_NAME = "logs.jsonl"
 FORMAT = 1
 # A part is written when a checkpoint is due, and when one of these is reached: at most this much is lost in a kill.
@@ -257,7 +257,7 @@ class RecordReader:
     A run's record as far as all its processes have written it: the run may be over, going on, or crashed.
 
     Args:
-        path (`str` or `Path`): The run's output directory, or the folder `qtuning_record` in it.
+        path (`str` or `Path`): The run's output directory, or the folder `_qtuning_record` in it.
 
     Raises:
         `ValueError`: If there is no record, or it is not one of ours.
@@ -389,7 +389,7 @@ def load_record(path: str | Path, as_frame: bool = False) -> "Dataset | pd.DataF
     - `perplexity_low`, `perplexity_high`, `entropy_low`, `entropy_high`: thresholds among those it was compared with.
 
     Args:
-        path (`str` or `Path`): The run's output directory, or the folder `qtuning_record` in it. The run may be over,
+        path (`str` or `Path`): The run's output directory, or the folder `_qtuning_record` in it. The run may be over,
             still going, or crashed; rows that some process has not written yet are left out.
         as_frame (`bool`): Give a pandas frame instead.
 

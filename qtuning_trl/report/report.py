@@ -47,8 +47,8 @@ def write_report(
     Args:
         runs (`Sequence[str | Path]`): Output directories; a run may be over, still going, or crashed. Or files, or
             datasets on disk, that `qtuning score` wrote.
-        output (`str` or `Path`, *optional*): The HTML file. If `None`, `qtuning_report.html` in the first run's folder,
-            or beside the first scored file.
+        output (`str` or `Path`, *optional*): The HTML file. If `None`, `_qtuning_report.html` in the first run's
+            folder, or beside the first scored file.
         color_by (`str`, *optional*): What the points are coloured by at first: `"quadrant"`, or the runs'
             `group_column`, or any column of a scored file. If `None`, the quadrant.
         png (`bool`): Write the main pictures beside it, too.
@@ -95,7 +95,7 @@ def open_run(path: str | Path, tokenizer: str | None = None, color_by: str | Non
 def _default_output(path: Path, reader: Reader) -> Path:
     if isinstance(reader, ScoredReader):
         return path.with_name(f"{path.stem}_{DEFAULT_NAME}")
-    return path / DEFAULT_NAME
+    return path / f"_{DEFAULT_NAME}"  # beside the record, and no more pushed to the Hub than that is
 
 
 def _split_template() -> tuple[str, str, str]:
