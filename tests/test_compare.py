@@ -15,10 +15,12 @@ import psutil
 import pytest
 import yaml
 from conftest import prompt_completion_rows
+from test_cli import refusal
 
 from qtuning_trl import cli
 from qtuning_trl.scripts import compare
 from qtuning_trl.studies.compare import (
+    FAILURE_NAME,
     FULL_DATA,
     RECIPE_NAME,
     RESULT_NAME,
@@ -110,6 +112,24 @@ def test_a_comparison_goes_on_where_it_stopped_and_says_what_failed(tmp_path, co
     assert (folders["full-data-100x100-seed-0"] / RECIPE_NAME).stat().st_mtime_ns == recipe
     repeated = json.loads((folders["mask-25x50-seed-0"] / RESULT_NAME).read_text())
     assert repeated["eval_loss"] == results["mask-25x50-seed-0"]["eval_loss"]
+
+
+def test_results_of_another_recipe_or_measure_are_not_mixed_with_new_ones(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "_run", lambda *_: None)
+    assert cli.main(["compare", "--config", config()]) == 1  # recipes are written, and nothing is run
+    run_dir = tmp_path / "out" / "mask-25x50-seed-0"
+    assert "base" not in yaml.safe_load((run_dir / RECIPE_NAME).read_text())
+    (run_dir / FAILURE_NAME).write_text("it failed\n")
+    (run_dir / RESULT_NAME).write_text(json.dumps({"eval_loss": 1.0}))
+    assert "of another `accuracy`" in refusal(capsys, cli.main, ["compare", "--config", config(accuracy="json:loads")])
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "learning_rate": 0.5}))
+    assert "of another recipe" in refusal(capsys, cli.main, ["compare", "--config", config()])
+    assert (run_dir / FAILURE_NAME).is_file()
+    (run_dir / RESULT_NAME).unlink()
+    cli.main(["compare", "--config", config()])
+    assert not (run_dir / FAILURE_NAME).is_file(), "it was another recipe that failed"
+    assert yaml.safe_load((run_dir / RECIPE_NAME).read_text())["learning_rate"] == 0.5
 
 
 def test_a_run_that_was_ended_by_a_signal_is_told_by_the_exit_status(tmp_path, config, monkeypatch, capfd):

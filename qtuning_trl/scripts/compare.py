@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
 from ..interrupts import SIGNALLED, ended_in_one_line
+from ..recipe_files import load_recipe
 from ..records.parts import write_whole
 from ..records.run import RunRecord
 from ..studies.compare import (
@@ -96,8 +97,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
+    """All that a run's result depends on: without `base`, whose files may change, and with what measures it."""
     recipe = {
-        "base": str(Path(comparison.recipe).resolve()),
+        **load_recipe(comparison.recipe),
         **comparison.options,
         **run.options,
         "seed": run.seed,
@@ -105,7 +107,8 @@ def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
         "save_strategy": "no",
         "report_to": "none",
     }
-    return yaml.safe_dump(recipe, sort_keys=False)
+    measured = f"# measured by {comparison.accuracy}\n" if comparison.accuracy else ""
+    return measured + yaml.safe_dump(recipe, sort_keys=False)
 
 
 def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
@@ -115,11 +118,12 @@ def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> 
     # What is a beginning of the recipe was cut off while an earlier version wrote it.
     if not text.startswith(before) and (folder / RESULT_NAME).is_file():
         raise ValueError(
-            f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options: give another "
-            "`output_dir`, or remove that folder."
+            f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options, of another "
+            "recipe or of another `accuracy`: give another `output_dir`, or remove that folder."
         )
     if not dry and before != text:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE_NAME).unlink(missing_ok=True)  # of other options
         write_whole(path, text)
 
 
