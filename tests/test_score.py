@@ -24,7 +24,7 @@ from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.report.report import open_run, report_data
 from qtuning_trl.scripts import score
 from qtuning_trl.step.sample import Sample
-from qtuning_trl.studies.dataset_scoring import BatchSize, PartialScores, score_rows, select_rows
+from qtuning_trl.studies.dataset_scoring import BatchSize, PartialScores, fingerprint, score_rows, select_rows
 
 ROWS = 90
 CPU = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
@@ -285,6 +285,14 @@ def test_another_budget_needs_no_new_scores_but_another_model_or_length_does(tmp
     ):
         with pytest.raises(ValueError, match=f"holds scores of a run whose `{name}` was .* remove the folder to start"):
             scorer(model_dir, data, other, option, value)
+
+
+def test_a_change_of_any_row_is_seen():
+    rows = [{"input_ids": [1, 2, row], "labels": [-100, 2, row]} for row in range(2500)]
+    whole = fingerprint(Dataset.from_list(rows))
+    assert fingerprint(Dataset.from_list(rows).select(range(2500))) == whole
+    rows[1]["labels"], rows[2]["labels"] = rows[2]["labels"], rows[1]["labels"]
+    assert fingerprint(Dataset.from_list(rows)) != whole
 
 
 def test_two_processes_write_what_one_writes(tmp_path, model_dir, data, whole):

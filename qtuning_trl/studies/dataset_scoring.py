@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
@@ -166,14 +167,14 @@ def scorable_rows(prepared: Dataset, rows: slice) -> list[Sample]:
 # What a killed run leaves
 
 
-def fingerprint(prepared: Dataset, rows: int = 1000) -> str:
-    """A hash of the tokens and labels of rows spread over the data set, to tell whether they are still the same."""
-    chosen = np.linspace(0, len(prepared) - 1, min(rows, len(prepared)), dtype=np.int64)
-    part = prepared[chosen.tolist()]
+def fingerprint(prepared: Dataset) -> str:
+    """A hash of the tokens and labels of all rows, to tell whether they are still the same."""
     digest = blake2b(digest_size=16)
-    for name in ("input_ids", "labels"):
-        for values in part[name]:
-            digest.update(np.asarray(values, dtype=np.int64).tobytes() + b"|")
+    table = prepared.select_columns(["input_ids", "labels"]).with_format("arrow")
+    for start in range(0, len(prepared), 1000):
+        for column in table[start : start + 1000].columns:
+            for values in (pc.list_value_length(column), pc.list_flatten(column)):
+                digest.update(values.to_numpy().astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
