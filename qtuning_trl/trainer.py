@@ -50,7 +50,16 @@ from .step.loss import LossPruner
 from .step.memory import MemoryBudget
 from .step.micro_batches import Batcher, placeholder
 from .step.needs import count_needs
-from .step.sample import SAMPLE_ID, RawBatch, Sample, answer_lengths, loss_weights, number_rows, split_documents
+from .step.sample import (
+    SAMPLE_ID,
+    RawBatch,
+    Sample,
+    answer_lengths,
+    loss_weights,
+    number_rows,
+    split_documents,
+    whole_answer_lengths,
+)
 from .step.score_cache import FILE_NAME as SCORES_NAME
 from .step.score_cache import ScoreCache, ScoreKeeper
 from .step.scoring import ScoredPool, Scorer, scoring_collator
@@ -236,8 +245,9 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
 
         Returns:
             `tuple`: As many entries as were drawn, since the loop counts them to find the optimizer step: placeholders
-            first, then the micro-batches, so that the last backward pass is a real one; and the number of trainable
-            tokens among the survivors of all processes.
+            first, then the micro-batches, so that the last backward pass is a real one; and what the loss is divided
+            by, the number of trainable tokens among the survivors of all processes; where a token pruner weights
+            them, that of all answer tokens of theirs.
 
         Raises:
             `FloatingPointError`: If a candidate's score is NaN or infinite.
@@ -265,6 +275,8 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         with self.run_record.phase("collation"):
             micro_batches = self.batcher.collate(survivors, len(drawn), self._train_batch_size)
             tokens = self._budget_losses(micro_batches, step) if self.args.prunes_in_loss else None
+            if "weights" in self.args.token_needs:  # each token that stays stands for some of all
+                tokens = sum(whole_answer_lengths(survivors))
             num_items = count_items(self, micro_batches, device, tokens)
         self._num_micro_batches = len(micro_batches)
         self.run_record.begin_training(step)

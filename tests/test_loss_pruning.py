@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_pruners import weighted_gradient
 from test_trainer import PADDING_FREE, Recorder, assert_same_weights, losses, make_trainer
 from transformers import TrainerCallback
 
 from qtuning_trl import QTuningSFTConfig
 from qtuning_trl.pruners import Answers, register_token_pruner, tokens
 from qtuning_trl.step.loss import split_budget
+from qtuning_trl.step.sample import answer_lengths
 
 HARDEST = {"sample_pruner": "random", "token_pruner": "hardest", "budget": "50x50", "token_pruning": "loss"}
 ONE_MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
@@ -88,6 +90,36 @@ def test_micro_batches_share_the_budget_of_the_pool(tmp_path, tokenizer, prompt_
     assert summary["answer_tokens"]["kept"] == sum(tokens for _, tokens, *_ in kept)
     pooled = sum(share for *_, share, _ in kept)
     assert pooled <= 0.25 * summary["answer_tokens"]["candidates"] < pooled + 4
+
+
+@pytest.mark.parametrize("budget", ["answer", "pool"])
+def test_weighted_losses_are_divided_by_all_answer_tokens(tmp_path, tokenizer, prompt_completion, budget):
+    """Of all micro-batches: in one of long answers a smaller share stays than in one of short ones."""
+    options = {**HARDEST, "token_pruner": "importance", "token_budget": budget, "budget": "50x30", "max_steps": 1}
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, max_grad_norm=0.0, **options)
+    seen, rows, weights = Recorder().attach(trainer), [], []
+    original = trainer.loss_pruner.weights
+
+    def watched(samples, *rest):
+        chosen = original(samples, *rest)
+        rows.extend({"input_ids": sample.input_ids.tolist(), "labels": sample.labels.tolist()} for sample in samples)
+        weights.extend(part.tolist() for part in chosen.split(answer_lengths(samples)))
+        return chosen
+
+    trainer.loss_pruner.weights = watched
+    trainer.train()
+    shares = {sum(weight > 0 for weight in of_row) / len(of_row) for of_row in weights}
+    assert len(seen.batches[0]) == 2
+    assert len(shares) > 1
+    for name, expected in weighted_gradient(rows, weights).items():
+        torch.testing.assert_close(seen.gradients[0][name], expected, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_diverged_model_is_said_and_not_trained_on(tmp_path, tokenizer, prompt_completion):
+    trainer = make_trainer(tmp_path, tokenizer, prompt_completion, **HARDEST, token_budget="pool")
+    torch.nn.init.constant_(trainer.model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"Step 1: 4 of 4 candidates have a NaN or infinite score"):
+        trainer.train()
 
 
 @given(st.lists(st.integers(0, 50), max_size=8), st.integers(0, 300))
@@ -171,8 +203,7 @@ def test_tokens_drawn_by_importance_stand_for_all_of_them(budget):
     kept = draws.count_nonzero(dim=2)
     assert (kept.sum(dim=1) == 6).all()
     assert ((kept == torch.tensor([4, 2])).all()) == (budget is None)
-    # The loss is divided by the six that are kept, and is to be the mean of sixteen.
-    torch.testing.assert_close((draws.mean(dim=0) / 6)[ANSWERS], torch.full((16,), 1 / 16).double(), rtol=0.1, atol=0)
+    torch.testing.assert_close(draws.mean(dim=0)[ANSWERS], torch.ones(16).double(), rtol=0.1, atol=0)
     assert (draws > 0).double().mean(dim=0)[0, 6] > 5 * (draws > 0).double().mean(dim=0)[0, 0]
 
 

@@ -274,8 +274,14 @@ def trained_rows(trainer) -> tuple[list[dict], list[list[float]], Recorder]:
     return [row for batch in seen.batches[0] for row in rows_of(batch)], seen.weights[0], seen
 
 
-def weighted_gradient(rows: list[dict], weights: list[list[float]], model=None) -> dict[str, torch.Tensor]:
-    """Of the sum of the losses of labelled tokens, each times its weight, over their number; without any trainer."""
+def weighted_gradient(
+    rows: list[dict], weights: list[list[float]], model=None, whole: int | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    Of the sum of the losses of labelled tokens, each times its weight, over their number or that of `whole` answers.
+
+    Without any trainer.
+    """
     model = tiny_llama() if model is None else model
     loss, tokens = torch.zeros(()), 0
     for row, of_row in zip(rows, weights, strict=True):
@@ -284,7 +290,7 @@ def weighted_gradient(rows: list[dict], weights: list[list[float]], model=None) 
         losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
         loss = loss + (torch.tensor(of_row) * losses).sum()
         tokens += len(losses)
-    (loss / tokens).backward()
+    (loss / (whole or tokens)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -307,6 +313,7 @@ PAIRS = [
     ("infobatch", "rho1", {"token_pruning": "drop", "selection_scope": "micro_batch"}),
     ("q_tuning", "importance", {"token_budget": "pool"}),
     ("random", "importance", {"token_pruning": "drop"}),
+    ("random", "importance", {"selection_scope": "micro_batch", "token_budget": "pool"}),
     ("longest", "importance", {"packing": True, "max_length": 48}),
     ("infobatch", "importance", PADDING_FREE),
 ]
@@ -322,7 +329,8 @@ def test_gradient_is_that_of_the_survivors(pruned_trainer, samples, tokens, opti
         assert len({weight for row in weights for weight in row}) > len(rows)
     else:
         assert (max(map(max, weights)) > 1.0) == (samples == "infobatch")
-    for name, expected in weighted_gradient(rows, weights).items():
+    whole = seen.whole[0] if tokens == "importance" else None
+    for name, expected in weighted_gradient(rows, weights, whole=whole).items():
         torch.testing.assert_close(seen.gradients[0][name], expected, rtol=1e-4, atol=2e-6, msg=name)
 
 

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 from qtuning_trl.method import select_samples, token_keep_mask, token_scores
 from qtuning_trl.records.run import SUMMARY_NAME
-from qtuning_trl.step.sample import loss_weights, split_documents
+from qtuning_trl.step.sample import loss_weights, split_documents, whole_answer_lengths
 
 COMMON = {
     "use_cpu": True,
@@ -71,6 +71,7 @@ class Recorder(TrainerCallback):
     def __init__(self):
         self.batches: list[list[dict]] = []
         self.weights: list[list[list[float]]] = []  # of the losses of each survivor's answer tokens
+        self.whole: list[int] = []  # answer tokens of all survivors before any was pruned
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def attach(self, trainer):
@@ -83,6 +84,7 @@ class Recorder(TrainerCallback):
             self.batches.append([batch for batch in batches if batch["input_ids"].numel()])
             survivors = [document for batch in batches for document in batch.get("survivors", ())]
             self.weights.append([loss_weights([document]).tolist() for document in survivors])
+            self.whole.append(sum(whole_answer_lengths(survivors)))
             return batches, num_items
 
         trainer.get_batch_samples = get_batch_samples

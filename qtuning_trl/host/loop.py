@@ -40,7 +40,7 @@ def count_items(
     """
     Trainable tokens in the micro-batches of one optimizer step, over all processes: what the loss is divided by.
 
-    `tokens` are those of this process where the labels do not tell, since the loss chooses among them.
+    `tokens` are those of this process where the labels do not tell, since the loss chooses among them or weights them.
 
     Leans on `Trainer._get_num_items_in_batch` counting labels, all but the first of a row.
     """

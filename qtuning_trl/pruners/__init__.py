@@ -30,7 +30,8 @@ class Pruner:
         prune (`Callable`): Takes a [`Pool`] or [`Answers`]. A sample pruner returns a `Tensor` of shape `(samples,)`,
             bool for those it keeps; with `"weights"`, float for the weights of their losses, 0 for those it drops. A
             token pruner returns a `Tensor` of shape `(samples, positions)`, bool for the answer tokens it keeps; with
-            `"weights"`, float for the weights of their losses, 0 for those it drops.
+            `"weights"`, float for the weights of their losses, 0 for those it drops: for how many of all answer tokens
+            each stands, since the loss is divided by all those of the survivors.
         needs (`tuple[str, ...]`): See `SAMPLE_NEEDS` and `TOKEN_NEEDS`.
     """
 

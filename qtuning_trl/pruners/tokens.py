@@ -141,8 +141,8 @@ def importance(answers: Answers) -> Tensor:
     together where they share a budget. Protected tokens stay and stand for themselves.
 
     Returns:
-        `Tensor` of shape `(samples, positions)`, float64: Weights of the losses, 0 for tokens that go. The loss is
-        divided by the tokens that stay, so their share of all is in the weights.
+        `Tensor` of shape `(samples, positions)`, float64: Weights of the losses, 0 for tokens that go; for how many
+        tokens, of all, each of the others stands.
     """
     assert answers.nll is not None
     size = (1 - (-answers.nll).exp()).clamp(min=LEAST_SIZE)
@@ -150,15 +150,12 @@ def importance(answers: Answers) -> Tensor:
     priority = size / lots.clamp(min=1e-12)
     keep = answers.keep_lowest(-priority)
     going = priority.masked_fill(~answers.answer_mask | keep, 0.0)
-    kept, total = int(keep.sum()), int(answers.answer_mask.sum())
     if answers.budget is None:
         threshold = going.amax(dim=1, keepdim=True) if going.numel() else going
     else:
-        parts = answers.gather((float(going.max()) if going.numel() else 0.0, kept, total))
-        threshold = torch.tensor(max(part[0] for part in parts))
-        kept, total = (sum(part[place] for part in parts) for place in (1, 2))
+        threshold = torch.tensor(max(answers.gather(float(going.max()) if going.numel() else 0.0)))
     stands_for = (threshold / size).clamp(min=1.0).masked_fill(answers.protected, 1.0)
-    return keep * stands_for * (kept / max(total, 1))
+    return keep * stands_for
 
 
 def rho1(answers: Answers) -> Tensor:

@@ -12,6 +12,7 @@ from ..config import QTuningSFTConfig
 from ..method import budget_size
 from ..pruners import Answers, token_pruner
 from .sample import Sample, answer_lengths
+from .scoring import refuse_diverged
 from .selection import bare_answers, gather_compared, step_generator
 
 
@@ -88,7 +89,11 @@ class LossPruner:
 
         Raises:
             `ValueError`: If the token pruner keeps more or fewer tokens than the budget.
+            `FloatingPointError`: If a sample has a log-likelihood that is NaN or infinite.
         """
+        ends = list(accumulate(answer_lengths(samples)))
+        of_samples = log_probs.isfinite().tensor_split(ends[:-1])
+        refuse_diverged(torch.stack([finite.all() for finite in of_samples]), self.args, state)
         generator = step_generator(self.args, state, self.accelerator.process_index, budget.place, 2)
         answers = self._answers(samples, budget.pooled, generator, -log_probs, entropy)
         keep: Tensor = self.token_pruner.prune(answers)[answers.answer_mask]

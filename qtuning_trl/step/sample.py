@@ -108,6 +108,12 @@ def answer_lengths(documents: list[Sample]) -> list[int]:
     return [int((document.labels[1:] != IGNORE).sum()) for document in documents]
 
 
+def whole_answer_lengths(documents: list[Sample]) -> list[int]:
+    """Answer tokens of each document before stage 2."""
+    now = answer_lengths(documents)
+    return [size if doc.kept_mask is None else len(doc.kept_mask) for doc, size in zip(documents, now, strict=True)]
+
+
 def loss_weights(documents: list[Sample]) -> Tensor:
     """Weights of the losses of their answer tokens, the sample's times the token's: shape `(answer tokens,)`."""
     weights = []

@@ -334,8 +334,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     """Ids of the tokens that end a sequence or a turn or otherwise carry structure; an unknown word does not."""
     ids = set(tokenizer.all_special_ids)
     ids.update(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-    ids.discard(tokenizer.unk_token_id)
-    ids.add(tokenizer.eos_token_id)
-    end: Any = model.generation_config.eos_token_id
-    ids.update([end] if isinstance(end, int) else end or [])
-    return ids
+    end: Any = getattr(model.generation_config, "eos_token_id", None)
+    ids.update([tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])])
+    return ids - {tokenizer.unk_token_id, None}
