@@ -238,7 +238,10 @@ def map_columns(
 
     for name, option in used.items():
         if name not in columns:
-            raise ValueError(f"`{option}` names the column {name!r}: use those there are ({', '.join(columns)}).")
+            raise ValueError(
+                f"`{option}` names the column {name!r}: use those there are ({', '.join(columns)}), or replace the "
+                "recipe's mapping by that of a file in recipes/data, such as `--config data/local`."
+            )
     if messages_column is None:
         _refuse_lost_columns(dataset, context_left_out(columns, used))
     if messages_column is None and not as_messages:

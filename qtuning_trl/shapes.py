@@ -18,7 +18,7 @@ class Pairs:
         name (`str`): What it is called.
         prompt, answer (`str`): Columns that it must have.
         context (`str`, *optional*): Column that belongs to the prompt, and that it may have.
-        recipe (`str`, *optional*): The file in `recipes/data` that fits.
+        recipe (`str`, *optional*): The shipped recipe that fits.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Pairs:
 
 
 PAIRS = (
-    Pairs("Alpaca's", "instruction", "output", "input", "local_instruction.yaml"),
+    Pairs("Alpaca's", "instruction", "output", "input", "data/local_instruction"),
     Pairs("Dolly's", "instruction", "response", "context"),
-    Pairs("a question and its answer", "question", "answer", "context", "local_question_answer.yaml"),
+    Pairs("a question and its answer", "question", "answer", "context", "data/local_question_answer"),
     Pairs("a question and its answer", "question", "response"),
     Pairs("a question and its answer", "query", "response"),
     Pairs("a question and its answer", "query", "answer"),
@@ -109,7 +109,7 @@ def refuse_unknown_columns(first: Row, text_field: str) -> None:
         prompt, answer = pairs.templates(columns)
         plain = f"`prompt_template` and `completion_template`, such as {prompt!r} and {answer!r},"
         if pairs.recipe:
-            plain = f"the file recipes/data/{pairs.recipe} in the recipe's `base`"
+            plain = f"`--config {pairs.recipe}`"
         raise ValueError(
             f"{has}, which are {pairs.name}: set `as_messages` to true (`--as_messages true`) for a model with a chat "
             f"template, or give {plain} for one without."
@@ -117,8 +117,8 @@ def refuse_unknown_columns(first: Row, text_field: str) -> None:
     raise ValueError(
         f"{has}, none of which TRL trains on: build a prompt and a completion from them (`prompt_template`, "
         "`completion_template`), name the column of whole texts (`dataset_text_field`) or of conversations "
-        "(`messages_column`), or rename them to fit a file in recipes/data: local_instruction.yaml (instruction, "
-        "input, output), local_question_answer.yaml (question, answer), local_conversations.yaml (conversations)."
+        "(`messages_column`), or rename them to fit a recipe: `--config data/local_instruction` (instruction, input, "
+        "output), `data/local_question_answer` (question, answer), `data/local_conversations` (conversations)."
     )
 
 
@@ -129,6 +129,6 @@ def _refuse_foreign_turns(column: str, turns: list[Row]) -> None:
         if column != "messages" or (ROLES.get(str(role)) != role and role in ROLES):
             raise ValueError(
                 f"`train_dataset` has the column {column!r} of conversations with the role {role!r}: map it by "
-                f"`qtuning_trl.data.map_columns(dataset, messages_column={column!r})`, or set `messages_column` "
-                "(recipes/data/local_conversations.yaml), since TRL does not rename roles."
+                f"`qtuning_trl.data.map_columns(dataset, messages_column={column!r})`, as `qtuning sft` does, since TRL "
+                "does not rename roles."
             )
