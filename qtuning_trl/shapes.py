@@ -129,6 +129,6 @@ def _refuse_foreign_turns(column: str, turns: list[Row]) -> None:
         if column != "messages" or (ROLES.get(str(role)) != role and role in ROLES):
             raise ValueError(
                 f"`train_dataset` has the column {column!r} of conversations with the role {role!r}: map it by "
-                f"`qtuning_trl.data.map_columns(dataset, messages_column={column!r})`, as `qtuning sft` does, since TRL "
-                "does not rename roles."
+                f"`qtuning_trl.data.map_columns(dataset, messages_column={column!r})`, as `qtuning sft` does, since "
+                "TRL does not rename roles."
             )
