@@ -5,7 +5,7 @@ from typing import Any
 
 from .files import refuse_unusable_files
 from .names import known_names, remedy
-from .recipe_files import load_recipes, named_in
+from .recipe_files import load_recipes
 from .values import NUMBERS, refuse_bad_values, refuse_missing_extras
 
 # What `qtuning score` calls two of these options.
@@ -29,13 +29,14 @@ def check_early(argv: Sequence[str], script: str) -> None:
     if tokens and not tokens[0].startswith("-"):
         form = f"`--config {tokens[0]}`" if tokens[0].endswith((".yaml", ".yml")) else "`--name value`"
         raise ValueError(f"`{tokens[0]}` belongs to no option: give options as {form}.")
-    typed = {name: (token, value) for name, token, value in _options(tokens) if name != "config"}
+    options = _options(tokens)
+    typed = {name: (token, value) for name, token, value in options if name != "config"}
     known = known_names(script)
-    configs = [value for name, _, value in _options(tokens) if name == "config"]
+    configs = [value for name, _, value in options if name == "config"]
     paths = [value for value in configs if value is not None]
     if len(paths) < len(configs):
         return  # the parser says it better
-    recipe, origins = load_recipes(paths), named_in(paths)
+    recipe, origins = load_recipes(paths)
     if known is not None:
         for name, value in recipe.items():
             if name not in known:

@@ -52,17 +52,20 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return _load(find_recipe(path), ())
 
 
-def load_recipes(paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Several recipes as one, as if they were the `base` of another: a later one replaces keys of an earlier one."""
+def load_recipes(paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    Several recipes as one, as if they were the `base` of another: a later one replaces keys of an earlier one.
+
+    Returns:
+        `tuple`: The recipe, and for each of its keys which of the paths it comes from.
+    """
     merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for path in paths:
-        merged = _merge(merged, load_recipe(path))
-    return merged
-
-
-def named_in(paths: Sequence[str]) -> dict[str, str]:
-    """For each key of [`load_recipes`] the recipe that it comes from."""
-    return {key: path for path in paths for key in load_recipe(path)}
+        recipe = load_recipe(path)
+        merged = _merge(merged, recipe)
+        origins |= dict.fromkeys(recipe, path)
+    return merged, origins
 
 
 def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

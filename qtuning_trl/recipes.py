@@ -15,7 +15,7 @@ from trl.scripts.utils import DatasetConfig
 
 from .help import Formatter, HelpAll, format_help
 from .names import OTHERS, remedy
-from .recipe_files import load_recipes, named_in
+from .recipe_files import load_recipes
 
 ACCELERATE_CONFIG = "accelerate_config"
 # Options of `accelerate launch` that say what is launched, which is not the recipe's to choose.
@@ -108,7 +108,7 @@ class RecipeParser(TrlParser):
 
     def _apply_recipes(self, paths: list[str], launch_actions: dict[str, argparse.Action]) -> list[str]:
         """Make the recipes' values the defaults, set their `env`, and return what is for `accelerate launch`."""
-        recipe, origins = load_recipes(paths), named_in(paths)
+        recipe, origins = load_recipes(paths)
         for name, value in (recipe.pop("env", None) or {}).items():
             os.environ[name] = str(value)
         values, launch_args = {}, []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TEMPLATE = Path(__file__).with_name("report.html")
-DEFAULT_NAME = "qtuning_report.html"
+DEFAULT_NAME = "_qtuning_report.html"  # beside the record, and no more pushed to the Hub than that is
 # What is embedded, so that the page opens at once; the page says where it leaves something out.
 MAX_POINTS = 50_000  # on the EU planes of all runs together
 MAX_MOMENTS = 50  # points of a line over training
@@ -94,8 +94,8 @@ def open_run(path: str | Path, tokenizer: str | None = None, color_by: str | Non
 
 def _default_output(path: Path, reader: Reader) -> Path:
     if isinstance(reader, ScoredReader):
-        return path.with_name(f"{path.stem}_{DEFAULT_NAME}")
-    return path / f"_{DEFAULT_NAME}"  # beside the record, and no more pushed to the Hub than that is
+        return path.with_name(f"{path.stem}{DEFAULT_NAME}")
+    return path / DEFAULT_NAME
 
 
 def _split_template() -> tuple[str, str, str]:

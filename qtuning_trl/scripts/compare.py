@@ -30,7 +30,6 @@ from transformers import TrainerCallback
 
 from ..cli import EPILOG, FAILED_RUN, exit_on_error
 from ..interrupts import SIGNALLED, ended_in_one_line
-from ..recipe_files import load_recipe
 from ..records.parts import write_whole
 from ..records.run import RunRecord
 from ..studies.compare import (
@@ -99,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
 def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
     """All that a run's result depends on: without `base`, whose files may change, and with what measures it."""
     recipe = {
-        **load_recipe(comparison.recipe),
+        **comparison.settings,
         **comparison.options,
         **run.options,
         "seed": run.seed,

@@ -130,7 +130,7 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
 
 def _as_on_cpu(argv: Sequence[str]) -> list[str]:
     """What a recipe for a GPU needs to be parsed on a CPU, which has no float16; bfloat16 is as large."""
-    given = load_recipes([value for option, value in pairwise(argv) if option == "--config"])
+    given, _ = load_recipes([value for option, value in pairwise(argv) if option == "--config"])
     typed = argv[argv.index("--fp16") + 1 :][:1] if "--fp16" in argv else [str(given.get("fp16", False))]
     half = typed == [] or typed[0].lower() != "false"
     return ["--use_cpu", "true", *(["--fp16", "false", "--bf16", "true"] if half else [])]

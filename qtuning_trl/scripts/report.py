@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="RUN",
         help="output_dir of a run, or what `qtuning score` wrote; several are laid side by side",
     )
-    parser.add_argument("--output", metavar="FILE", help=f"the HTML file (default: _{DEFAULT_NAME} in the first RUN)")
+    parser.add_argument("--output", metavar="FILE", help=f"the HTML file (default: {DEFAULT_NAME} in the first RUN)")
     parser.add_argument(
         "--color_by",
         metavar="COLUMN",

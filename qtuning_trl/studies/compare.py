@@ -4,12 +4,14 @@ import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .. import pruners
+from ..recipe_files import load_recipe
 from ..records.parts import write_whole
 
 try:
@@ -96,6 +98,11 @@ class Comparison:
 
     def __post_init__(self):
         self.title = self.title or Path(self.recipe).stem
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the recipe says, with those that it builds on; read once for all runs."""
+        return load_recipe(self.recipe)
 
     def runs(self) -> list[Run]:
         """Every run of the grid, seed by seed, so that an early look sees all rows; the two references come first."""
