@@ -4,18 +4,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..recipe_files import load_recipe
 from .plan import Plan, Planner
 from .text import TABLE_CARDS, recipe_table
 
 START, END = "<!-- plans: made by `qtuning plan --recipes recipes` -->", "<!-- end of plans -->"
-NOT_PLANNED = ("base", "qlora", "importance", "demo", "table2", "smollm2-135m-cpu")
 CARD = re.compile(r"Meant for a card with (\d+) GB")
 
 
 def recipe_paths(folder: Path) -> list[Path]:
     """The recipes that name a model to be trained on a card."""
     paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("paper/*.yaml"))]
-    return [path for path in paths if path.stem not in NOT_PLANNED]
+    recipes = {path: load_recipe(path) for path in paths}
+    return [path for path in paths if "model_name_or_path" in recipes[path] and not recipes[path].get("use_cpu")]
 
 
 def plans_by_card(planner: Planner) -> dict[float, Plan]:

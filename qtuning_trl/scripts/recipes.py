@@ -22,9 +22,6 @@ from ..recipe_files import SHIPPED, find_recipe, load_recipe, shipped_names
 CARD = re.compile(r"card with (\d+ GB)")
 # A row of the table that `qtuning plan --recipes` makes: the recipe, its micro-batch, and the peak that is planned.
 PLANNED = re.compile(r"^\| `([^`]+)` \|[^|]+\| ([\d.]+) \|", re.MULTILINE)
-# They name no model: what other recipes build on.
-PARTS = ("base", "qlora", "importance", "paper/base")
-TABLES = ("paper/table2",)  # for `qtuning compare`
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,8 +55,9 @@ def listing() -> str:
     for name in shipped_names():
         if name.startswith("data/"):
             data.append((name, _first_comment(name).split(". ")[0].rstrip(".")))
-        elif name not in (*PARTS, *TABLES):
-            recipe = load_recipe(SHIPPED / f"{name}.yaml")
+            continue
+        recipe = load_recipe(SHIPPED / f"{name}.yaml")
+        if "model_name_or_path" in recipe:  # or it is what others build on, or for `qtuning compare`
             card = CARD.search(_first_comment(name))
             size = card[1] if card else "CPU" if recipe.get("use_cpu") else "-"
             peak = f"{peaks[name]} GiB" if name in peaks else "-"
