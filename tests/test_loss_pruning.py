@@ -78,7 +78,7 @@ def test_micro_batches_share_the_budget_of_the_pool(tmp_path, tokenizer, prompt_
 
     def watched(samples, budget, state, log_probs, entropy):
         keep = original(samples, budget, state, log_probs, entropy)
-        kept.append((state.global_step, int(keep.sum()), budget.pooled, budget.tokens))
+        kept.append((state.global_step, int(keep.sum()), budget.answers.budget, budget.tokens))
         assert sorted(log_probs[keep].tolist()) == sorted(log_probs.tolist())[: int(keep.sum())]
         return keep
 

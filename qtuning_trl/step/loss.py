@@ -23,12 +23,13 @@ class LossBudget:
 
     Args:
         place (`int`): Of the micro-batch in the step.
-        pooled (`int`, *optional*): With `token_budget` 'pool', its part of the pool's tokens.
+        answers ([`Answers`]): Its answers, without values of their tokens; with `token_budget` 'pool', `budget` is its
+            part of the pool's tokens.
         tokens (`int`): Answer tokens that stay, protected ones included.
     """
 
     place: int
-    pooled: int | None
+    answers: Answers
     tokens: int
 
 
@@ -68,10 +69,10 @@ class LossPruner:
             pooled = list(shares[first : first + len(sizes)])
         budgets = []
         for place, (samples, share) in enumerate(zip(micro_batches, pooled, strict=True)):
-            answers = self._answers(samples, share, torch.Generator())
+            answers = bare_answers(self.args, samples, self.protected_ids, torch.Generator(), share)
             # How many stay depends on the budget alone, not on the scores.
             tokens = int(answers.keep_lowest(torch.zeros(answers.answer_mask.shape, dtype=torch.float64)).sum())
-            budgets.append(LossBudget(place, share, tokens))
+            budgets.append(LossBudget(place, answers, tokens))
         return budgets
 
     def weights(
@@ -94,9 +95,14 @@ class LossPruner:
         ends = list(accumulate(answer_lengths(samples)))
         of_samples = log_probs.isfinite().tensor_split(ends[:-1])
         refuse_diverged(torch.stack([finite.all() for finite in of_samples]), self.args, state)
+        mask = budget.answers.answer_mask
+
+        def by_column(values: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values.double().cpu())
+
         generator = step_generator(self.args, state, self.accelerator.process_index, budget.place, 2)
-        answers = self._answers(samples, budget.pooled, generator, -log_probs, entropy)
-        keep: Tensor = self.token_pruner.prune(answers)[answers.answer_mask]
+        answers = replace(budget.answers, generator=generator, nll=by_column(-log_probs), entropy=by_column(entropy))
+        keep: Tensor = self.token_pruner.prune(answers)[mask]
         kept = int(keep.count_nonzero())
         if kept != budget.tokens:
             raise ValueError(
@@ -105,24 +111,6 @@ class LossPruner:
                 "return what `answers.keep_lowest` does."
             )
         return keep
-
-    def _answers(
-        self,
-        samples: list[Sample],
-        budget: int | None,
-        generator: torch.Generator,
-        nll: Tensor | None = None,
-        entropy: Tensor | None = None,
-    ) -> Answers:
-        answers = bare_answers(self.args, samples, self.protected_ids, generator, budget)
-        mask = answers.answer_mask
-
-        def by_column(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values.double().cpu())
-
-        return replace(answers, nll=by_column(nll), entropy=by_column(entropy))
 
 
 def split_budget(budget: int, sizes: list[int]) -> list[int]:
