@@ -42,6 +42,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     """
     Load what `datasets` or `dataset_name` say, as `trl sft` does; a name may also be a local file.
 
+    With `test_split_size` the two splits are called "train" and "test", and so `script_args` says from then on.
+
     Returns:
         `dict`: One data set per split.
 
@@ -58,7 +60,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     if dataset_args.datasets:
         given = f"`datasets` is {', '.join(repr(_described(entry)) for entry in dataset_args.datasets)}"
         files = [file for entry in dataset_args.datasets for file in file_names(entry.data_files)]
-        return _loaded(given, lambda: get_dataset(dataset_args), files)
+        mixture = _loaded(given, lambda: get_dataset(dataset_args), files)
+        return mixture if dataset_args.test_split_size is None else _renamed(mixture, script_args)
     name = script_args.dataset_name
     if name is None:
         raise ValueError("`dataset_name` is not given: name a data set or a local file, or list some in `datasets`.")
@@ -73,10 +76,16 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
         splits = _loaded(given, lambda: load_dataset(name, name=script_args.dataset_config, streaming=streaming))
     if dataset_args.test_split_size is not None:
         train = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
-        return _loaded(
+        splits = _loaded(
             f"`test_split_size` is {dataset_args.test_split_size}",
             lambda: train.train_test_split(test_size=dataset_args.test_split_size),
         )
+        return _renamed(splits, script_args)
+    return splits
+
+
+def _renamed(splits: Any, script_args: ScriptArguments) -> Any:
+    script_args.dataset_train_split, script_args.dataset_test_split = "train", "test"
     return splits
 
 

@@ -357,19 +357,20 @@ def _small_pools(args: QTuningSFTConfig, rows: int | None) -> list[str]:
 
 def refuse_short_stream(dataset: Any, args: QTuningSFTConfig) -> None:
     """
-    Raise a `ValueError` for a stream that ends before its first optimizer step, which `Trainer` would read forever.
+    Raise a `ValueError` for a stream shorter than a batch that must be full, which `Trainer` would read forever.
 
     Args:
         dataset (`IterableDataset`): The training set as TRL prepared it.
         args ([`QTuningSFTConfig`]): The configuration.
     """
-    drawn = args.per_device_train_batch_size * args.pool_factor * args.world_size
-    needed = drawn * (args.gradient_accumulation_steps - 1) + (drawn if args.dataloader_drop_last else 1)
+    needed = args.per_device_train_batch_size * args.pool_factor * args.world_size
+    if not args.dataloader_drop_last:
+        return
     rows = sum(1 for _ in dataset.take(needed))
     if rows < needed:
         raise ValueError(
-            f"`train_dataset` is a stream of {rows:,} {_rows(rows)}, fewer than one optimizer step draws "
-            f"(`per_device_train_batch_size` {args.per_device_train_batch_size} x `gradient_accumulation_steps` "
-            f"{args.gradient_accumulation_steps} x `pool_factor` {args.pool_factor} x {args.world_size} processes): "
-            "lower these, or give more rows."
+            f"`train_dataset` is a stream of {rows:,} {_rows(rows)}, fewer than a batch "
+            f"(`per_device_train_batch_size` {args.per_device_train_batch_size} x `pool_factor` {args.pool_factor} x "
+            f"{args.world_size} processes), and `dataloader_drop_last` drops what is less: set it to false, lower "
+            "these, or give more rows."
         )

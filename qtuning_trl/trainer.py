@@ -48,7 +48,7 @@ from .records.samples import SampleRecorder
 from .report.live import PlaneLogger, show_progress
 from .step.loss import LossPruner
 from .step.memory import MemoryBudget
-from .step.micro_batches import Batcher, placeholder
+from .step.micro_batches import Batcher, with_placeholders
 from .step.needs import count_needs
 from .step.sample import (
     SAMPLE_ID,
@@ -196,10 +196,10 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         collator = scoring_collator(training_collator, scorers, args.device)
         protected = special_token_ids(tokenizer, model) if args.protect_special_tokens else set()
         self.memory = MemoryBudget(args, sharded)
-        self.scorer = Scorer(args, self.accelerator, collator, tokenizer.pad_token_id, sharded, proxy, cache)
+        self.scorer = Scorer(args, self.accelerator, collator, sharded, proxy, cache)
         self.selector = Selector(args, self.accelerator, self.scorer, tokenizer, protected, reference, base)
         self.loss_pruner = LossPruner(args, self.accelerator, protected)
-        self.batcher = Batcher(args, self.accelerator, training_collator, tokenizer.pad_token_id, self.memory)
+        self.batcher = Batcher(args, self.accelerator, training_collator, self.memory)
 
     def _add_listeners(self) -> None:
         """The callbacks, which are handed what they need: they decide nothing."""
@@ -244,19 +244,22 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
         Draw the pool of one optimizer step, prune it, and collate the survivors.
 
         Returns:
-            `tuple`: As many entries as were drawn, since the loop counts them to find the optimizer step: placeholders
-            first, then the micro-batches, so that the last backward pass is a real one; and what the loss is divided
-            by, the number of trainable tokens among the survivors of all processes; where a token pruner weights
-            them, that of all answer tokens of theirs.
+            `tuple`: As many entries as were asked for, since the loop counts them to find the optimizer step:
+            placeholders first, then the micro-batches, so that the last backward pass is a real one; none at the end
+            of a stream, which may have been short of some in its last step; and what the loss is divided by, the
+            number of trainable tokens among the survivors of all processes; where a token pruner weights them, that
+            of all answer tokens of theirs.
 
         Raises:
             `FloatingPointError`: If a candidate's score is NaN or infinite.
         """
         if self.args.keeps_everything:
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not batches:
+                return [], None
             self._num_micro_batches = len(batches)
             self.run_record.begin_training(count_unpruned_step(batches))
-            return batches, num_items
+            return with_placeholders(batches, num_batches), num_items
 
         drawn = [batch.examples for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not drawn:
@@ -280,7 +283,7 @@ class QTuningSFTTrainer(CheckedSFTTrainer):
             num_items = count_items(self, micro_batches, device, tokens)
         self._num_micro_batches = len(micro_batches)
         self.run_record.begin_training(step)
-        return [placeholder() for _ in range(len(drawn) - len(micro_batches))] + micro_batches, num_items
+        return with_placeholders(micro_batches, num_batches), num_items
 
     def _prune_pool(self, groups: list[list[Sample]], batch_tokens: int) -> tuple[list[Sample], StepCounts]:
         """Both stages on each group of candidates: the survivors, and the step's counts on this process."""

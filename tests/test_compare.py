@@ -132,6 +132,20 @@ def test_results_of_another_recipe_or_measure_are_not_mixed_with_new_ones(tmp_pa
     assert yaml.safe_load((run_dir / RECIPE_NAME).read_text())["learning_rate"] == 0.5
 
 
+def test_results_of_full_data_are_not_mixed_with_those_of_one_more_option(tmp_path, config, monkeypatch, capsys):
+    """In a recipe that has all other keys it is the last, so that what was written is a beginning of what would be."""
+    monkeypatch.setattr(compare, "_run", lambda *_: None)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe |= {"budget": "25x50", "seed": 0, "output_dir": "out", "save_strategy": "no", "report_to": "none"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cli.main(["compare", "--config", config()])
+    written = {path: path.read_text() for path in (tmp_path / "out").glob(f"*/{RECIPE_NAME}")}
+    (tmp_path / "out" / "full-data-100x100-seed-0" / RESULT_NAME).write_text(json.dumps({"eval_loss": 1.0}))
+    line = refusal(capsys, cli.main, ["compare", "--config", config(options={"weight_decay": 0.5})])
+    assert "full-data-100x100-seed-0 has a result of other options" in line
+    assert {path: path.read_text() for path in written} == written
+
+
 def test_a_run_that_was_ended_by_a_signal_is_told_by_the_exit_status(tmp_path, config, monkeypatch, capfd):
     (tmp_path / "killing.py").write_text("import os\n\ndef accuracy(trainer):\n    os.kill(os.getpid(), 9)\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -316,12 +330,16 @@ def test_a_verdict_stands_where_the_difference_is_significant():
     results |= row("up", (1.1, 2.11, 3.12), (0.6, 0.71, 0.82))
     results |= row("down", (0.9, 1.89, 2.88), (0.4, 0.49, 0.58))
     results |= row("level", (1.1, 1.9, 3.0), (0.6, 0.5, 0.7))
+    # By the seeds that both have, whatever the mean of all is; a model that diverged is no better.
+    results |= row("a seed more", (0.9, 1.89, 2.88, 99.0), (0.6, 0.71, 0.82, 0.0))
+    results |= row("diverged", (0.9, 1.89, math.nan), (0.6, 0.71, 0.82))
     headings, cells = table_cells(summarize(results))
     verdicts = [
         [cell for heading, cell in zip(headings, line, strict=True) if heading == "p against full"] for line in cells
     ]
     assert verdicts == [
         ["-", "-"], ["0.003 better", "0.003 worse"], ["0.003 worse", "0.003 better"], ["1.000", "1.000"],
+        ["0.003 better", "0.003 better"], ["0.003 better", "nan"],
     ]  # fmt: skip
 
 

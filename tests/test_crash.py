@@ -165,6 +165,31 @@ def test_a_run_that_has_made_all_its_steps_makes_no_more(tmp_path, tokenizer, st
     assert not (tmp_path / "checkpoint-5").exists()
 
 
+@pytest.mark.parametrize("saved", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("budget", ["50x50", "100x100"])
+def test_a_run_on_a_stream_is_resumed_in_the_epoch_it_had_come_to(tmp_path, tokenizer, budget, saved):
+    dataset = Dataset.from_list(prompt_completion_rows(26)).to_iterable_dataset()  # 2 steps an epoch
+    options = {**SAVING, "save_steps": 1, "max_steps": 6, "budget": budget, "dropout": 0.1}
+    whole = make_trainer(tmp_path, tokenizer, dataset, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, tokenizer, dataset, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    assert resumed.state.global_step == 6
+    assert resumed.state.epoch == whole.state.epoch
+    assert_same_weights(resumed, whole)
+
+
+def test_a_run_that_ended_in_the_first_epoch_of_a_stream_goes_on_in_it(tmp_path, tokenizer):
+    dataset = Dataset.from_list(prompt_completion_rows(58)).to_iterable_dataset()  # 4 steps an epoch
+    options = {**SAVING, "budget": "50x50", "lr_scheduler_type": "constant"}
+    whole = make_trainer(tmp_path / "whole", tokenizer, dataset, max_steps=6, **options)
+    whole.train()
+    make_trainer(tmp_path, tokenizer, dataset, max_steps=2, **options).train()
+    resumed = make_trainer(tmp_path, tokenizer, dataset, max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed, whole)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 def test_a_full_disk_is_named_and_the_checkpoint_before_is_resumed_from(tmp_path, tokenizer, prompt_completion):
     (tmp_path / "checkpoint-4").mkdir()

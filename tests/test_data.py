@@ -121,6 +121,15 @@ def test_a_test_split_is_cut_off_in_either_case(file):
         assert {name: len(split) for name, split in splits.items()} == {"train": 6, "test": 2}
 
 
+def test_a_test_split_is_cut_off_any_split(tmp_path):
+    """Of data with a split 'test' alone the larger part is trained on, not the one that is evaluated."""
+    Dataset.from_list(ALPACA * 4).to_parquet(tmp_path / "test.parquet")
+    script_args = ScriptArguments(dataset_name=str(tmp_path), dataset_train_split="test")
+    splits = load_data(script_args, DatasetMixtureConfig(test_split_size=0.25))
+    assert len(splits[script_args.dataset_train_split]) == 6
+    assert len(splits[script_args.dataset_test_split]) == 2
+
+
 def test_what_cannot_be_loaded_is_refused(file, tmp_path):
     with pytest.raises(ValueError, match=r"`dataset_test_split` is 'test'.*`eval_strategy` to 'no' \(train\)"):
         pick_split(load_data(ScriptArguments(dataset_name=file), DatasetMixtureConfig()), "test", "dataset_test_split")

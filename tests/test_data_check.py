@@ -247,15 +247,17 @@ def test_conversations_labelled_as_a_whole_are_unusual(tmp_path, tokenizer):
     assert "labelled as a whole" not in oddities(make_trainer(tmp_path, tokenizer, dataset, assistant_only_loss=True))
 
 
-@pytest.mark.parametrize(("rows", "fits"), [(12, False), (13, True)])
-def test_a_stream_shorter_than_a_step_is_refused(tmp_path, tokenizer, rows, fits):
-    """A step of 4 x 4 takes place with four micro-batches, the last of which may be short."""
-    stream = Dataset.from_list(prompt_completion_rows(rows)).to_iterable_dataset()
+@pytest.mark.parametrize(("rows", "drop", "fits"), [(1, False, True), (3, True, False), (4, True, True)])
+def test_a_stream_without_a_batch_is_refused(tmp_path, tokenizer, rows, drop, fits):
+    stream = Dataset.from_list(prompt_completion_rows(4)).to_iterable_dataset().take(rows)
+    options = {"max_steps": 2, "dataloader_drop_last": drop}
     if fits:
-        make_trainer(tmp_path, tokenizer, stream, max_steps=2).train()
+        trainer = make_trainer(tmp_path, tokenizer, stream, **options)
+        trainer.train()
+        assert trainer.state.global_step == 2
         return
-    with pytest.raises(ValueError, match="a stream of 12 rows, fewer than one optimizer step draws"):
-        make_trainer(tmp_path, tokenizer, stream, max_steps=2)
+    with pytest.raises(ValueError, match=r"a stream of 3 rows, fewer than a batch .* `dataloader_drop_last` drops"):
+        make_trainer(tmp_path, tokenizer, stream, **options)
 
 
 # The dry run

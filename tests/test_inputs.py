@@ -1,13 +1,16 @@
 """Every kind of input and option that works with `SFTTrainer` works here, and bad input is refused in one sentence."""
 
+import copy
+
 import pytest
 import torch
 from conftest import prompt_completion_rows, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
-from test_trainer import COMMON, PADDING_FREE, Recorder, make_trainer, rows_of
+from test_trainer import COMMON, PADDING_FREE, Recorder, assert_same_weights, make_trainer, rows_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DefaultDataCollator
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qtuning_trl import QTuningSFTConfig, QTuningSFTTrainer
 
@@ -95,6 +98,23 @@ def test_options_of_the_host_work(tmp_path, tokenizer, prompt_completion, option
     assert trainer.summary()["kept"] == 2 * (4 + 4 + 2)
 
 
+@pytest.mark.parametrize(("budget", "kept"), [("50x50", [4, 1, 4, 1, 4]), ("100x100", [8, 2, 8, 2, 8])])
+def test_epochs_of_a_stream_end_with_a_step_of_what_is_left(tmp_path, tokenizer, budget, kept):
+    """As those of a data set do; the host would add its gradient to the next epoch's first step."""
+    dataset = Dataset.from_list(prompt_completion_rows(10))
+    options = {"max_steps": 5, "budget": budget, "train_sampling_strategy": "sequential"}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    loaded = make_trainer(tmp_path / "a", tokenizer, dataset, **options)
+    loaded.train()
+    streamed = make_trainer(tmp_path / "b", tokenizer, dataset.to_iterable_dataset(), **options)
+    streamed.train()
+    pairs = zip(streamed.model.parameters(), loaded.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for trainer in (loaded, streamed):
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["qtuning/kept_samples"] for entry in logs] == kept
+
+
 def test_streaming(tmp_path, tokenizer):
     """A stream is pruned like the dataset behind it: the same order gives the same weights."""
     dataset = Dataset.from_list(ROWS)
@@ -109,6 +129,49 @@ def test_streaming(tmp_path, tokenizer):
     assert streamed.summary()["groups"] == loaded.summary()["groups"]
     pairs = zip(streamed.model.parameters(), loaded.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_dataset_of_tensors_is_recorded_and_scored_as_one_of_lists(tmp_path, tokenizer, form):
+    """Its row numbers come as tensors too: they must name a sample, not an object."""
+    dataset = Dataset.from_list(DATASETS["tokenized"])
+    options = {"budget": "50x50", "score_reuse_steps": 100}
+    lists = make_trainer(tmp_path / "a", tokenizer, dataset, **options)
+    lists.train()
+    tensors = make_trainer(tmp_path / "b", tokenizer, dataset.with_format(form), **options)
+    tensors.train()
+    assert_same_weights(tensors, lists)
+    assert set(tensors.scorer.cache.scores) == set(range(32))
+    assert tensors.summary()["stale_scores"] == lists.summary()["stale_scores"] > 0
+
+
+def test_an_evaluation_set_called_train_is_none_that_is_trained_on(tmp_path, tokenizer, prompt_completion):
+    rows = [*ROWS[:4], {"prompt": "a", "completion": None}]
+    trainer = QTuningSFTTrainer(
+        tiny_llama(),
+        QTuningSFTConfig(str(tmp_path), **COMMON),
+        train_dataset=prompt_completion,
+        eval_dataset={"train": Dataset.from_list(ROWS[:4]), "val": Dataset.from_list(ROWS[4:8])},
+        processing_class=tokenizer,
+    )
+    assert len(trainer.data_check.answer_lengths) == len(prompt_completion)
+    assert "eval_train_loss" in trainer.evaluate({"train": Dataset.from_list(rows)})  # the void row is left out
+
+
+def test_a_step_of_dummies_needs_no_pad_token_but_the_collators(tmp_path, tokenizer, prompt_completion):
+    """TRL gives the tokenizer one only where it makes the collator."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    trainer = QTuningSFTTrainer(
+        tiny_llama(),
+        QTuningSFTConfig(str(tmp_path), **COMMON, budget="50x100", sample_pruner="column", score_column="marked"),
+        train_dataset=prompt_completion.add_column("marked", [False] * len(prompt_completion)),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=0),
+    )
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
+    assert trainer.summary()["kept"] == 0
 
 
 def test_evaluation_during_training_sees_every_row_and_changes_nothing(tmp_path, tokenizer, prompt_completion):

@@ -111,7 +111,7 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
     seen = set()
     for run in comparison.runs():
         if run.seed == comparison.seeds[0]:
-            compare._write_recipe(tmp_path / run.name, comparison, run, dry=False)
+            compare._write_recipe(tmp_path / run.name, comparison, run)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
             assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 72, 96, 100, 130, 160, 240)

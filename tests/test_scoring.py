@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from qtuning_trl import QTuningSFTConfig
 from qtuning_trl.host.head import lean_lm_head
 from qtuning_trl.host.loop import without_checkpointing
-from qtuning_trl.step.micro_batches import Row, pack_rows, padded_tokens
-from qtuning_trl.step.sample import Sample, split_documents
+from qtuning_trl.step.micro_batches import Row, pack_rows
+from qtuning_trl.step.sample import split_documents
 from qtuning_trl.step.score_cache import FILE_NAME, Score, ScoreCache
 
 
@@ -149,9 +149,26 @@ def test_micro_batches_follow_the_batch_size_that_was_found(tmp_path, tokenizer,
     assert trainer._train_batch_size == max(rows[1:]) == 3
 
 
-def test_padded_tokens_are_those_of_the_longest_row():
-    rows = [Sample(np.zeros(n), np.zeros(n), sample_id=n) for n in (3, 5)]
-    assert (padded_tokens(rows), padded_tokens([])) == (10, 0)
+def test_scores_of_an_attempt_that_did_not_fit_are_forgotten(tmp_path, tokenizer, prompt_completion):
+    """`auto_find_batch_size` begins again at step 0: scores of its steps would seem to come from later ones."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompt_completion, budget="50x50", max_steps=3, auto_find_batch_size=True,
+        score_reuse_steps=2,
+    )  # fmt: skip
+    original, failed = trainer.training_step, []
+
+    def training_step(model, inputs, *args):
+        step = trainer.state.global_step
+        assert all(score.step <= step for score in trainer.scorer.cache.scores.values())
+        if step == 2 and not failed:
+            failed.append(step)
+            raise RuntimeError("CUDA out of memory.")
+        return original(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert failed
+    assert trainer.state.global_step == 3
 
 
 def test_checkpointing_is_off_only_where_it_was_on():

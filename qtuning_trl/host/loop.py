@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 @contextmanager
@@ -22,6 +24,21 @@ def train_loader_of(trainer: Trainer, collator: Callable, batch_size: int) -> It
         yield
     finally:
         trainer.data_collator, trainer._train_batch_size = own
+
+
+def place_in_stream(checkpoint: str, args: TrainingArguments) -> tuple[int, int]:
+    """
+    Epochs that are behind a checkpoint of a run on a stream, and batches of the next one, which are to be skipped.
+
+    Leans on the loop's counting a stream's epoch as if it had all of the run's steps: `state.epoch` is the epochs
+    before and then the share of these that were made in the last one.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    epoch = int(state.epoch or 0.0)
+    steps = round(((state.epoch or 0.0) - epoch) * state.max_steps)
+    if steps == 0:  # the run had come to its end within the first epoch, and has more steps now
+        epoch, steps = epoch - 1, state.max_steps
+    return epoch, 0 if args.ignore_data_skip else steps * args.gradient_accumulation_steps
 
 
 def keep_column(trainer: Any, column: str) -> None:

@@ -76,10 +76,12 @@ def main(argv: Sequence[str]) -> int:
     runs = comparison.runs()
     _check_options(comparison, runs)
     for run in runs:
-        _write_recipe(folder / run.name, comparison, run, dry=arguments.dry_run)
+        _refuse_another_result(folder / run.name, comparison, run)
     if arguments.dry_run:
         _print_plan(folder, runs)
         return 0
+    for run in runs:
+        _write_recipe(folder / run.name, comparison, run)
     context = _process_context()
     for number, run in enumerate(runs, 1):
         _run(context, folder / run.name, run, comparison, f"{number}/{len(runs)}", arguments.retry)
@@ -110,20 +112,25 @@ def _recipe(folder: Path, comparison: Comparison, run: Run) -> str:
     return measured + yaml.safe_dump(recipe, sort_keys=False)
 
 
-def _write_recipe(folder: Path, comparison: Comparison, run: Run, dry: bool) -> None:
-    path = folder / RECIPE_NAME
-    text = _recipe(folder, comparison, run)
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # What is a beginning of the recipe was cut off while an earlier version wrote it.
-    if not text.startswith(before) and (folder / RESULT_NAME).is_file():
+def _refuse_another_result(folder: Path, comparison: Comparison, run: Run) -> None:
+    if (folder / RESULT_NAME).is_file() and _written(folder) != _recipe(folder, comparison, run):
         raise ValueError(
             f"`output_dir` is {comparison.output_dir!r}, where {run.name} has a result of other options, of another "
             "recipe or of another `accuracy`: give another `output_dir`, or remove that folder."
         )
-    if not dry and before != text:
+
+
+def _write_recipe(folder: Path, comparison: Comparison, run: Run) -> None:
+    text = _recipe(folder, comparison, run)
+    if _written(folder) != text:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURE_NAME).unlink(missing_ok=True)  # of other options
-        write_whole(path, text)
+        write_whole(folder / RECIPE_NAME, text)
+
+
+def _written(folder: Path) -> str | None:
+    path = folder / RECIPE_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _check_options(comparison: Comparison, runs: list[Run]) -> None:

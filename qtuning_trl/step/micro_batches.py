@@ -1,6 +1,6 @@
 """Survivors into micro-batches: packed or not, as few as they need or small ones, on every process as many."""
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import QTuningSFTConfig
 from .memory import MemoryBudget
@@ -48,10 +48,10 @@ def dummy_sample(pad_token_id: int) -> Sample:
     return Sample(np.array([pad_token_id] * 2), np.array([IGNORE] * 2), sample_id=-1)
 
 
-def placeholder() -> dict[str, Tensor]:
-    """An entry for an unused slot of the optimizer step: no tokens, so it counts no FLOPs and no samples."""
+def with_placeholders(micro_batches: list[dict[str, Any]], slots: int) -> list[dict[str, Any]]:
+    """The micro-batches after entries for unused slots of the step: no tokens, so those count no FLOPs, no samples."""
     empty = torch.empty((1, 0), dtype=torch.int64)
-    return {"input_ids": empty, "labels": empty}
+    return [{"input_ids": empty, "labels": empty} for _ in range(slots - len(micro_batches))] + micro_batches
 
 
 @dataclass(eq=False)
@@ -60,8 +60,7 @@ class Batcher:
 
     args: QTuningSFTConfig
     accelerator: Accelerator
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]  # the trainer's, for training
-    pad_token_id: int
+    collator: DataCollatorForLanguageModeling  # the trainer's, for training
     memory: MemoryBudget  # says how many tokens at a time go without checkpointing
 
     def collate(self, survivors: list[Sample], slots: int, batch_size: int) -> list[dict[str, Any]]:
@@ -92,7 +91,7 @@ class Batcher:
             parts = [(part, True) for part in split_evenly(rows, max(gather_object([len(parts)])))]
         elif distributed:
             parts += [([], True)] * (max(gather_object([len(parts)])) - len(parts))
-        dummy = Row([dummy_sample(self.pad_token_id)], packed=self.args.packing)
+        dummy = Row([dummy_sample(self.collator.pad_token_id)], packed=self.args.packing)
         return [
             {
                 **self.collator([row.as_example() for row in part or [dummy]]),
@@ -137,11 +136,6 @@ def pack_rows(documents: list[Sample], max_length: int) -> list[Row]:
         rows[best].append(document)
         free[best] -= length
     return [Row(row, packed=True) for row in rows]
-
-
-def padded_tokens(rows: Sequence[Sized]) -> int:
-    """Tokens of a micro-batch, padding included."""
-    return len(rows) * max(map(len, rows), default=0)
 
 
 def split_evenly(rows: Sequence[RowT], count: int) -> list[list[RowT]]:

@@ -92,7 +92,7 @@ def split_documents(
         pieces = zip(np.split(input_ids, ends), np.split(labels, ends), strict=True)
         return [Sample(*piece, _hash(*piece)) for piece in pieces]
     row = example.get(SAMPLE_ID)
-    sample_id = _hash(input_ids, labels) if row is None else row
+    sample_id = _hash(input_ids, labels) if row is None else int(row)  # or a scalar, where the rows are tensors
     group = None if group_column is None else example[group_column]
     column = None if score_column is None else example[score_column]
     return [Sample(input_ids, labels, sample_id, group, column)]

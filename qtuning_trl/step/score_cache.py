@@ -150,6 +150,8 @@ class ScoreKeeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cache.epoch = math.floor((state.epoch or 0.0) + 1e-9) - 1
+        if state.global_step == 0:  # `auto_find_batch_size` starts again after steps that did not fit
+            self.cache.scores.clear()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted here: of a stream, whose length is unknown, `state.epoch` tells a new epoch after its first step only.

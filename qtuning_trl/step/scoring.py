@@ -101,7 +101,6 @@ class Scorer:
     args: QTuningSFTConfig
     accelerator: Accelerator
     collator: DataCollatorForLanguageModeling  # for scoring, see `scoring_collator`
-    pad_token_id: int
     sharded: bool  # whether parameters are gathered by all processes together (FSDP, DeepSpeed)
     proxy: PreTrainedModel | None = None  # `scoring_model`, which scores for the trained one
     cache: ScoreCache | None = None  # scores to use again
@@ -192,7 +191,7 @@ class Scorer:
                     f"such as {max(batch_tokens // 2, 1)}, or lower `max_length`, if a single sample does not fit."
                 ) from error
             for _ in range(idle):
-                forward([dummy_sample(self.pad_token_id)])
+                forward([dummy_sample(self.collator.pad_token_id)])
         return values
 
     def forward(self, model: PreTrainedModel, samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -260,11 +260,14 @@ class Estimate:
 
 def paired_p_value(values: dict[int, float], reference: dict[int, float]) -> float | None:
     """p of the paired t test over the seeds that both have; `None` for fewer than two, or if no pair differs."""
-    seeds = sorted(set(values) & set(reference))
-    pairs = [(values[seed], reference[seed]) for seed in seeds]
+    pairs = _pairs(values, reference)
     if len(pairs) < 2 or all(a == b for a, b in pairs):
         return None
     return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)
+
+
+def _pairs(values: dict[int, float], reference: dict[int, float]) -> list[tuple[float, float]]:
+    return [(values[seed], reference[seed]) for seed in sorted(set(values) & set(reference))]
 
 
 def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -273,8 +276,9 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict]`: `pruner`, `budget`, `seeds` (finished), `failures`, `tokens_asked` where the share is fixed; for
-        each metric that was measured an [`Estimate`] and the p value of the paired test against full data; medians of
-        `kept_samples`, `kept_tokens` (shares), `seconds`, `seconds_selecting`, `peak_bytes`.
+        each metric that was measured an [`Estimate`], the p value of the paired test against full data and whether it
+        is the higher of the two on their common seeds; medians of `kept_samples`, `kept_tokens` (shares), `seconds`,
+        `seconds_selecting`, `peak_bytes`.
     """
     rows: dict[tuple[str, str, float | None], dict[int, dict[str, Any]]] = {}
     for run, result in results.items():
@@ -293,6 +297,7 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
             if pruner != FULL_DATA:
                 reference = {seed: r[metric] for seed, r in full.items() if r.get(metric) is not None}
                 row[f"{metric}_p"] = paired_p_value(values, reference)
+                row[f"{metric}_higher"] = sum(a - b for a, b in _pairs(values, reference)) > 0
         if tokens is not None:
             row["tokens_asked"] = tokens / 100
         for name in ("kept_samples", "kept_tokens", "seconds", "seconds_selecting", "peak_bytes"):
@@ -308,7 +313,6 @@ def summarize(results: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
 def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table that is shown and written."""
     metrics = [metric for metric in METRICS if any(metric in row for row in rows)]
-    full = next((row for row in rows if row["pruner"] == FULL_DATA), {})
     headings = ["pruner", "budget", "seeds"]
     for metric in metrics:
         headings += [METRICS[metric], "p against full"]
@@ -319,7 +323,7 @@ def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         for metric in metrics:
             line += [
                 _estimate(row.get(metric), percent=metric == "accuracy"),
-                _verdict(row, metric, full),
+                _verdict(row, metric),
             ]
         for name, form in (
             ("kept_samples", "{:.1%}"),
@@ -341,14 +345,13 @@ def _estimate(estimate: Estimate | None, percent: bool) -> str:
     return text if estimate.half_width is None else f"{text} ± {form.format(estimate.half_width)}"
 
 
-def _verdict(row: dict[str, Any], metric: str, full: dict[str, Any]) -> str:
+def _verdict(row: dict[str, Any], metric: str) -> str:
     """The p value against full data; below 0.05, whether the row is better or worse."""
     p_value = row.get(f"{metric}_p")
     text = _number(p_value, "{:.3f}")
-    if p_value is None or p_value >= 0.05:
+    if p_value is None or not p_value < 0.05:  # NaN, where a run has diverged
         return text
-    higher = row[metric].mean > full[metric].mean
-    return f"{text} {'better' if higher == (metric == 'accuracy') else 'worse'}"
+    return f"{text} {'better' if row[f'{metric}_higher'] == (metric == 'accuracy') else 'worse'}"
 
 
 def _far_from_asked(row: dict[str, Any]) -> str:
