@@ -162,6 +162,7 @@ def test_a_run_that_does_not_score_its_pools_records_its_steps_alone(
     steps = RecordReader(tmp_path).steps().to_pandas()
     assert steps.step.tolist() == [1, 2, 3, 4, 5, 6]
     assert steps.kept_samples.sum() == kept
+    assert RecordReader(tmp_path).missing_steps() == []
     write_report([tmp_path], tmp_path / "report.html")
 
 
@@ -245,6 +246,10 @@ def test_an_interrupted_cut_leaves_no_double(tmp_path, tokenizer, prompt_complet
     frame = load_record(tmp_path, as_frame=True)
     assert sorted(set(frame.step)) == [1, 2]
     assert not frame.duplicated(["step", "sample_id"]).any()
+    monkeypatch.undo()
+    train(tmp_path, tokenizer, prompt_completion, max_steps=5)  # anew
+    assert [str(part) for part in list_parts(folder)] == [str(sample_record.Part(0, 1, 5))]
+    assert RecordReader(tmp_path).missing_steps() == []
 
 
 def test_a_fresh_run_starts_the_record_anew_and_removes_its_own_files_only(tmp_path, tokenizer, prompt_completion):

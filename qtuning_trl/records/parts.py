@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +63,15 @@ class Part:
 
 def list_parts(folder: Path) -> list[Part]:
     """The parts of a record by process and step; of two that begin together (a cut was interrupted) the shorter one."""
-    names = [match for match in map(PART.match, os.listdir(folder)) if match]
     parts: dict[tuple[int, int], Part] = {}
-    for part in sorted(Part(*map(int, match.groups())) for match in names):
+    for part in _all_parts(folder):
         parts.setdefault((part.process, part.first), part)
     return list(parts.values())
+
+
+def _all_parts(folder: Path) -> list[Part]:
+    names = [match for match in map(PART.match, os.listdir(folder)) if match]
+    return sorted(Part(*map(int, match.groups())) for match in names)
 
 
 def write_part(folder: Path, part: Part, tables: dict[str, pa.Table]) -> None:
@@ -93,8 +97,16 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def cut_after(folder: Path, step: int, parts: Iterable[Part]) -> None:
-    """Remove what these parts hold beyond a step; the latest first, so that an interruption leaves no gap."""
+def cut_after(folder: Path, step: int, parts: Collection[Part]) -> None:
+    """
+    Remove what these parts hold beyond a step; the latest first, so that an interruption leaves no gap.
+
+    Before that, what an interrupted cut left of the longer ones that begin with them, lest it passes for this run's.
+    """
+    begun = {(part.process, part.first) for part in parts}
+    for part in _all_parts(folder):
+        if (part.process, part.first) in begun and part not in parts:
+            _remove(folder, part)
     for part in sorted(parts, reverse=True):
         if part.last <= step:
             continue
@@ -103,9 +115,13 @@ def cut_after(folder: Path, step: int, parts: Iterable[Part]) -> None:
             for name in ("samples", "steps"):
                 tables[name] = tables[name].filter(pc.field("step") <= step)
             write_part(folder, Part(part.process, part.first, step), tables)
-        hidden = folder / f".{part}"
-        (folder / str(part)).rename(hidden)
-        shutil.rmtree(hidden)
+        _remove(folder, part)
+
+
+def _remove(folder: Path, part: Part) -> None:
+    hidden = folder / f".{part}"
+    (folder / str(part)).rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _sync_folder(folder: Path) -> None:

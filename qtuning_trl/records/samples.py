@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..step.sample import IGNORE, KEPT_MASK, SAMPLE_ID, Sample, answer_lengths
 from .parts import SAMPLES, STEPS, TABLES, TEXTS, Part, cut_after, list_parts, read_table, write_part, write_whole
-from .run import THRESHOLDS, RunRecord, group_columns, run_summary
+from .run import QUADRANTS, THRESHOLDS, RunRecord, group_columns, run_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,12 +296,11 @@ class RecordReader:
         """
         Steps that were made and are not in the record whole, since parts or files of them are gone.
 
-        Process 0 counts the candidates of all processes that have a score; each of them has a row.
+        Process 0 counts the candidates of all processes that have a place on the plane; each of them has a row.
         """
         rows = Counter(self._steps_of("samples", ["step"])["step"].to_pylist())
         counted = {
-            step["step"]: (step["scored_samples"] or 0) + (step["stale_scores"] or 0)
-            for step in self.steps().to_pylist()
+            step["step"]: sum(step[name] or 0 for name in QUADRANTS.values()) for step in self.steps().to_pylist()
         }
         first = self.run.get("recorded_from", min(counted, default=1))
         return [step for step in range(first, self.last_step + 1) if counted.get(step) != rows[step]]
