@@ -54,22 +54,22 @@ def tokenizer(tokenizer_dir) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,  # bitsandbytes packs 64 weights to a block
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,  # predictions that differ from uniform, so that scores differ
-    )
-    return LlamaForCausalLM(config)
+    options = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 64,  # bitsandbytes packs 64 weights to a block
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # predictions that differ from uniform, so that scores differ
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
 
 @pytest.fixture(scope="session")

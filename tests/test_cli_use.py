@@ -1,6 +1,7 @@
 """Without a clone, and after training: shipped recipes, the wheel, the demo, merging, completion."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import prompt_completion_rows, tiny_llama
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from test_cli import recipe, refusal, run  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,6 +157,68 @@ def test_merging_into_another_dtype_and_from_a_base_that_has_moved(recipe, tmp_p
         merge(str(tmp_path / "run"))
     output = merge(str(tmp_path / "run"), str(tmp_path / "half"), base, "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [4, 5]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_ends_that_are_tied_are_merged_each_by_itself(tmp_path, tokenizer, options):
+    """What is added to one tensor must not change the other end, too."""
+    torch.manual_seed(0)
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+                assert "lora" in name or "token" in name or "modules_to_save" in name
+    expected = logits(adapted, tokenizer)
+    adapted.save_pretrained(tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(merge(str(tmp_path / "run"), base=str(tmp_path / "base")))
+    torch.testing.assert_close(logits(merged, tokenizer), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer) - expected).abs().max() > 0.01
+
+
+REVISED = """
+import sys
+from qtuning_trl.scripts import merge, sft
+from qtuning_trl.studies import evaluation_model
+
+sft.run(["--config", sys.argv[1], "--model_name_or_path", "me/model", "--model_revision", "earlier"])
+print(merge.merge(sys.argv[2]))
+name, _, revision = evaluation_model.find_model(None, sys.argv[2])
+model = evaluation_model.load_model(name, "auto", "cpu", False, revision)
+print(revision, model.config.hidden_size)
+"""
+
+
+def test_the_revision_of_the_base_is_that_which_was_trained(recipe, tokenizer, tmp_path):  # noqa: F811
+    """Of two revisions in the cache of the Hub, of other sizes: what is merged and evaluated."""
+    repository = tmp_path / "hub" / "models--me--model"
+    for revision, (commit, size) in {"main": ("a" * 40, 32), "earlier": ("b" * 40, 64)}.items():
+        tiny_llama(hidden_size=size).save_pretrained(repository / "snapshots" / commit)
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REVISED, recipe(max_steps=1, save_strategy="no"), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "earlier 64"
+    assert json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["hidden_size"] == 64
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path, capsys):

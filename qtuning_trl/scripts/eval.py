@@ -90,18 +90,18 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     check_arguments(arguments)
     device = pick_device(arguments.device)
-    name, named_base = find_model(arguments.model, arguments.adapter)
+    name, named_base, revision = find_model(arguments.model, arguments.adapter)
     if named_base is not None and not same_model(name, named_base):
         console.print(
             f"Warning: `--model` is {name!r}, but the adapter names {named_base!r} as its base model.", markup=False
         )
     tokenizer, tokenizer_name = load_tokenizer(
-        arguments.tokenizer, arguments.adapter, name, arguments.apply_chat_template
+        arguments.tokenizer, arguments.adapter, name, arguments.apply_chat_template, revision
     )
     names = task_names(arguments.tasks, arguments.protocol)
     console.print(f"Loading tasks: {', '.join(names)}", markup=False)
     manager, loaded = load_tasks(names, arguments.include_path, tokenizer_name)
-    model: Any = load_model(name, arguments.dtype, device, arguments.load_in_4bit)
+    model: Any = load_model(name, arguments.dtype, device, arguments.load_in_4bit, revision)
     check_vocabulary(model, tokenizer, tokenizer_name)
     applied = None
     columns = [MODEL]
@@ -126,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
                 results[column] = evaluate(model, tokenizer, manager, loaded, options)
         named = {
             "model": name,
+            "revision": revision,
             "adapter": applied and {"path": arguments.adapter, "base_model_name_or_path": named_base, **applied},
             "tokenizer": tokenizer_name,
             "load_in_4bit": arguments.load_in_4bit,

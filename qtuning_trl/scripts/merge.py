@@ -65,8 +65,9 @@ def merge(run: str, output: str | None = None, base: str | None = None, dtype: s
     config = _adapter_config(run, folder)
     if target.exists():
         raise ValueError(f"`--output` is '{target}', which is there already: give another folder, or remove it.")
+    revision = None if base else config.get("revision")
     base = base or str(config["base_model_name_or_path"])
-    model, tokenizer = _merged(folder, base, config.get("revision"), dtype)
+    model, tokenizer = _merged(folder, base, revision, dtype)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -102,4 +103,21 @@ def _merged(folder: Path, base: str, revision: str | None, dtype: str) -> tuple[
     if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))  # the run added tokens, whose rows the adapter brings
     adapted = PeftModel.from_pretrained(model, str(folder))
+    _untie_adapted(adapted.get_base_model())
     return adapted.merge_and_unload(safe_merge=True), tokenizer
+
+
+def _untie_adapted(model: Any) -> None:
+    """
+    Give the head weights of its own where an adapter changes the embeddings or the head, and they are one tensor: what
+    is merged into the one would change the other, of which PEFT only warns.
+    """
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = any(isinstance(end, LoraLayer) for end in (embeddings, head))
+    if adapted and head is not None and head.weight is embeddings.weight:
+        own: Any = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        own.weight = nn.Parameter(own.weight.detach().clone())
+        model.config.tie_word_embeddings = False

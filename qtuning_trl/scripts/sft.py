@@ -167,13 +167,16 @@ def build_trainer(
         if with_eval or training_args.eval_strategy != "no":
             eval_dataset = _mapped(splits, script_args.dataset_test_split, "test", script_args, training_args)
     settle_template(train_dataset, model, script_args, training_args)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None and model_args.model_revision != "main":
+        peft_config.revision = model_args.model_revision  # so that who loads the adapter loads the same base
     trainer = QTuningSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     names = [str(part.path) for part in dataset_args.datasets or ()]
     trainer.dataset_name = ", ".join(names) or script_args.dataset_name

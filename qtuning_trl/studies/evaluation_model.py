@@ -30,40 +30,42 @@ def pick_device(device: str | None) -> str:
     return device
 
 
-def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+def find_model(model: str | None, adapter: str | None) -> tuple[str, str | None, str | None]:
     """
-    Name or folder of the model to load, and of the base model that the adapter names.
+    Name or folder of the model to load, of the base model that the adapter names, and the revision to load.
 
     Raises:
         `ValueError`: If there is none, or it cannot be fetched.
     """
     from transformers import AutoConfig
 
-    named_base = None
+    named_base = revision = None
     if adapter is not None:
         from peft import PeftConfig
 
         try:
-            named_base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+            config = PeftConfig.from_pretrained(adapter)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"`--adapter` is {adapter!r}, whose adapter_config.json cannot be read ({cause(error)}): give the "
                 "folder that training saved the adapter to, or its name on the Hub."
             ) from error
+        named_base = config.base_model_name_or_path
+        revision = None if model else config.revision
     name = model or named_base
     if name is None:
         raise ValueError(f"`--adapter` is {adapter!r}, which names no base model: give it as `--model`.")
     if name == demo.BASE_MODEL:
         name = demo.base_model_path()
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         option = f"`--model` is {name!r}" if model else f"`--adapter` names the base model {name!r}"
         raise ValueError(
             f"{option}, which cannot be loaded ({cause(error)}): give `--model` the folder of a model, or a name on "
             "the Hub and a connection to it (`hf auth login` for gated models)."
         ) from error
-    return name, named_base
+    return name, named_base, revision
 
 
 def same_model(name: str, other: str) -> bool:
@@ -74,10 +76,15 @@ def same_model(name: str, other: str) -> bool:
 
 
 def load_tokenizer(
-    tokenizer: str | None, adapter: str | None, model: str, with_chat_template: bool = False
+    tokenizer: str | None,
+    adapter: str | None,
+    model: str,
+    with_chat_template: bool = False,
+    revision: str | None = None,
 ) -> tuple["PreTrainedTokenizerBase", str]:
     """
-    The tokenizer, and where it is from: by default where training saved it, beside the adapter.
+    The tokenizer, and where it is from: by default where training saved it, beside the adapter; else the model's
+    `revision`.
 
     Raises:
         `ValueError`: If it cannot be loaded, or lacks the chat template that is to be applied.
@@ -88,7 +95,7 @@ def load_tokenizer(
     if name is None:
         name = adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else model
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name, revision=revision if name == model else None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer can be loaded from {name!r} ({cause(error)}): name one with `--tokenizer`."
@@ -101,7 +108,9 @@ def load_tokenizer(
     return loaded, name
 
 
-def load_model(name: str, dtype: str, device: str, load_in_4bit: bool) -> "PreTrainedModel":
+def load_model(
+    name: str, dtype: str, device: str, load_in_4bit: bool, revision: str | None = None
+) -> "PreTrainedModel":
     """
     The model in evaluation mode.
 
@@ -119,7 +128,7 @@ def load_model(name: str, dtype: str, device: str, load_in_4bit: bool) -> "PreTr
             bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, device_map={"": device}, quantization_config=quantization
+        name, revision=revision, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
     return model.eval()
 
