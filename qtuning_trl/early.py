@@ -6,7 +6,7 @@ from typing import Any
 from .files import refuse_unusable_files
 from .names import known_names, remedy
 from .recipe_files import load_recipes
-from .values import NUMBERS, refuse_bad_values, refuse_missing_extras
+from .values import NUMBERS, parse_budget, refuse_bad_values, refuse_missing_extras
 
 # What `qtuning score` calls two of these options.
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
@@ -49,7 +49,9 @@ def check_early(argv: Sequence[str], script: str) -> None:
     values |= {ALIASES.get(name, name): value for name, (_, value) in typed.items()}
     if script == "score":  # which does not train, whatever the recipe says
         values |= {"resume_from_checkpoint": None, "output_dir": None}
-    refuse_bad_values(_plain_values(values))
+    plain = _plain_values(values)
+    refuse_bad_values(plain)
+    _refuse_two_budgets(plain, values)
     refuse_missing_extras(values)
     if _well_formed(values.get("datasets"), known):
         refuse_unusable_files(values)
@@ -75,6 +77,19 @@ def _well_formed(datasets: Any, known: set[str] | None) -> bool:
         isinstance(entry, dict) and isinstance(entry.get("path"), str) and (known is None or entry.keys() <= known)
         for entry in entries
     )
+
+
+def _refuse_two_budgets(plain: dict[str, Any], values: dict[str, Any]) -> None:
+    """What is written is known here alone: later a share that is the option's default cannot be told from none."""
+    if "budget" not in plain:
+        return
+    for name, ratio in zip(("sample_ratio", "token_ratio"), parse_budget(plain["budget"]), strict=True):
+        pruned = values.get(name.replace("ratio", "pruner")) != "none"
+        if pruned and plain.get(name, ratio) != ratio:
+            raise ValueError(
+                f"`budget` is {plain['budget']!r} and `{name}` is {plain[name]}: they disagree, so give only one of "
+                "the two; `--budget` replaces a recipe's."
+            )
 
 
 def _plain_values(values: dict[str, Any]) -> dict[str, Any]:

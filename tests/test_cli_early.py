@@ -253,3 +253,14 @@ def test_help_shows_ours_first_and_each_option_once(capsys):
     assert len(set(shown["--help-all"])) == len(shown["--help-all"])
     fields = {f"--{field.name}" for field in dataclasses.fields(QTuningSFTConfig) if field.init}
     assert fields <= set(shown["--help-all"])
+
+
+@pytest.mark.parametrize("name", ["sample_ratio", "token_ratio"])
+def test_a_share_that_is_the_default_is_no_less_given(name, recipe, capsys):  # noqa: F811
+    """`budget` says 25x25: a default of 0.125 or 0.5 that is typed must not be taken for one that is not."""
+    default = {"sample_ratio": 0.125, "token_ratio": 0.5}[name]
+    with pytest.raises(ValueError, match=rf"`budget` is '25x25' and `{name}` is {default}: they disagree"):
+        check_early(["--config", recipe(budget="25x25"), f"--{name}", str(default)], "sft")
+    check_early(["--config", recipe(budget="25x25"), f"--{name}", "0.25"], "sft")
+    pruner = name.replace("ratio", "pruner")
+    check_early(["--config", recipe(budget="25x25"), f"--{name}", str(default), f"--{pruner}", "none"], "sft")
