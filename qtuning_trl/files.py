@@ -114,7 +114,7 @@ def _refuse_checkpoint(wanted: Any, output_dir: Any) -> None:
     if wanted is None or str(wanted).lower() == "false":
         return
     if str(wanted).lower() == "true":
-        if not any(Path(str(output_dir)).glob("checkpoint-*")):
+        if not any(Path(str(output_dir)).expanduser().glob("checkpoint-*")):
             raise ValueError(
                 f"`resume_from_checkpoint` is true and `output_dir` {str(output_dir)!r} holds no checkpoint: leave "
                 "`resume_from_checkpoint` out to start anew, or give the `output_dir` of the interrupted run."

@@ -30,11 +30,16 @@ def find_recipe(name: str | Path) -> Path:
     A file that exists comes first. `recipes/demo.yaml`, as a clone has it, means the shipped `demo` anywhere.
     """
     path = Path(name).expanduser()
-    if path.is_file() or path.is_absolute():
-        return path
-    short = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
-    shipped = SHIPPED / f"{short}.yaml"
-    return shipped if ".." not in path.parts and shipped.is_file() else path
+    return path if path.is_file() else find_shipped(name) or path
+
+
+def find_shipped(name: str | Path) -> Path | None:
+    """The file of a recipe that comes with the package, by its name or as a clone has it; `None` if there is none."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    shipped = SHIPPED / f"{path.as_posix().removeprefix('recipes/').removesuffix('.yaml')}.yaml"
+    return shipped if shipped.is_file() else None
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -81,8 +86,7 @@ def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases:
         beside = path.parent / Path(base).expanduser()
-        shipped = find_recipe(base)
-        found = shipped if not beside.is_file() and shipped.is_file() and SHIPPED in shipped.parents else beside
+        found = beside if beside.is_file() else find_shipped(base) or beside
         merged = _merge(merged, _load(found, (*children, where)))
     return _merge(merged, _resolve_paths(recipe, path.parent))
 

@@ -38,6 +38,18 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path, monkeypatch):
     assert not find_recipe("../recipes/demo").is_file()
 
 
+def test_a_base_is_looked_for_beside_the_recipe_and_then_among_the_shipped(tmp_path, monkeypatch):
+    """Not in the current folder, where a clone has files of the same names."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "own.yaml").write_text("base: [recipes/smollm2-1.7b-lora.yaml, data/openhermes]\n")
+    assert load_recipe(tmp_path / "own.yaml") == load_recipe("smollm2-1.7b-lora") | load_recipe("data/openhermes")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "smollm2-1.7b-lora.yaml").write_text("seed: 3\n")
+    (tmp_path / "own.yaml").write_text("base: smollm2-1.7b-lora.yaml\n")
+    assert load_recipe(tmp_path / "own.yaml")["model_name_or_path"] == "HuggingFaceTB/SmolLM2-1.7B"
+
+
 def test_a_misspelt_recipe_is_suggested(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = refusal(capsys, cli.main, ["sft", "--config", "smollm2-1.7b-lor"])
@@ -61,6 +73,12 @@ def test_recipes_are_listed_with_card_planned_peak_model_and_data(capsys):
     assert planned == {
         str(path.relative_to(ROOT / "recipes").with_suffix("")) for path in recipe_paths(ROOT / "recipes")
     }
+
+
+def test_a_recipe_is_copied_from_within_a_clone(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("demo", "demo.yaml", "recipes/demo.yaml"):
+        assert cli.main(["recipes", "copy", name, str(tmp_path / name.replace("/", "-"))]) == 0
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-qlora", "paper/mistral-7b-wizardlm", "demo", "data/openhermes"])

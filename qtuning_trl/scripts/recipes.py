@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from ..cli import EPILOG
-from ..recipe_files import SHIPPED, find_recipe, load_recipe, shipped_names
+from ..recipe_files import SHIPPED, find_shipped, load_recipe, shipped_names
 
 CARD = re.compile(r"card with (\d+ GB)")
 # A row of the table that `qtuning plan --recipes` makes: the recipe, its micro-batch, and the peak that is planned.
@@ -87,8 +87,8 @@ def copy_recipe(name: str, file: str | None = None) -> Path:
     Raises:
         `ValueError`: If there is no such recipe, or the file is there already.
     """
-    source = find_recipe(f"recipes/{name}")
-    if SHIPPED not in source.parents:
+    source = find_shipped(name)
+    if source is None:
         raise ValueError(f"`NAME` is {name!r}: give one that `qtuning recipes` lists.")
     target = Path(file).expanduser() if file else Path(f"{source.stem}.yaml")
     recipe = load_recipe(source)
