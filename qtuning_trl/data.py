@@ -1,6 +1,7 @@
 """Data sets: loading those a recipe names, and mapping their columns onto those TRL takes."""
 
 from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -283,7 +284,7 @@ def mapped(dataset: Any, script_args: Any, training_args: QTuningSFTConfig) -> A
     counted = (training_args.group_column, training_args.score_column)
     templates = (script_args.prompt_template, script_args.completion_template)
     column = script_args.messages_column
-    first: Row = next(iter(dataset), {})
+    first = telling_row(dataset)
     if column is not None and isinstance(first.get(column), str):
         raise ValueError(
             f"`messages_column` names the column {column!r}, which holds text: give a column of conversations (lists "
@@ -297,9 +298,19 @@ def mapped(dataset: Any, script_args: Any, training_args: QTuningSFTConfig) -> A
     return map_columns(dataset, *templates, column, script_args.as_messages, keep=counted, num_proc=num_proc)
 
 
-def holds_conversations(dataset: Any) -> bool:
-    """Whether a mapped data set needs a chat template, by its first row."""
+def telling_row(dataset: Any) -> Row:
+    """The first row, or the one of the first hundred with the fewest gaps where that has any; empty of empty data."""
+
+    def gaps(row: Row) -> int:
+        return sum(value is None or (isinstance(value, list) and not value) for value in row.values())
+
     first: Row = next(iter(dataset), {})
+    return min(islice(iter(dataset), 100), key=gaps) if gaps(first) else first
+
+
+def holds_conversations(dataset: Any) -> bool:
+    """Whether a mapped data set needs a chat template."""
+    first = telling_row(dataset)
     return is_conversation(first.get("messages")) or is_conversation(first.get("prompt"))
 
 
@@ -318,8 +329,8 @@ def recognize(dataset: Dataset | IterableDataset, counted: tuple[str | None, ...
     Raises:
         `ValueError`: If the data set holds preferences, or columns that nothing is known to be done with.
     """
-    first = next(iter(dataset), None)
-    if first is None:
+    first = telling_row(dataset)
+    if not first:
         return None
     refuse_preferences(first, counted)
     column = None if "input_ids" in first or text_field in first else conversation_column(first)

@@ -106,11 +106,25 @@ def held(row: Row) -> set[str]:
     return found | ({"tools"} if turns and row.get("tools") and row["tools"] != "[]" else set())
 
 
+def _with_one_text(dataset: Any, first: Row, text_field: str) -> tuple[Any, Row]:
+    """
+    A data set, and its first row, with a text or a prompt and its completion, not both.
+
+    Beside a prompt and its completion TRL 1.16 gives the end token to the text, which it does not train on, and of a
+    prompt beside a text it looks for the completion.
+    """
+    both = "prompt" in first and text_field in first
+    doubled = [text_field if "completion" in first else "prompt"] if both else []
+    left = {name: value for name, value in first.items() if name not in doubled}
+    return dataset.remove_columns(doubled) if doubled else dataset, left
+
+
 def drop_void_rows(dataset: Any, args: QTuningSFTConfig, name: str = "train_dataset") -> tuple[Any, DataCheck]:
     """
     A training set without the rows that have no answer, and what was counted.
 
     Rows that are tokenized are left as they are. A stream is filtered while it is read, and nothing of it is counted.
+    Columns that TRL would mix up are left out, see [`_with_one_text`].
 
     Raises:
         `ValueError`: If no row is left.
@@ -121,6 +135,7 @@ def drop_void_rows(dataset: Any, args: QTuningSFTConfig, name: str = "train_data
     first = next(iter(dataset))
     if "input_ids" in first or getattr(dataset, "format", {"type": None})["type"] == "custom":
         return dataset, check
+    dataset, first = _with_one_text(dataset, first, args.dataset_text_field)
     facts = RowFacts(args.dataset_text_field)
     check.labelled_whole = is_conversation(first.get("messages")) and not args.assistant_only_loss
     if isinstance(dataset, IterableDataset):

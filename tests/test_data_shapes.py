@@ -283,3 +283,28 @@ def test_what_arrow_adds_and_what_is_no_json():
     broken = Dataset.from_list([{"conversations": [{"from": "function_call", "value": "{broken"}]}])
     with pytest.raises(ValueError, match=r"'\{broken' as a tool call, which is no JSON"):
         map_columns(broken, messages_column="conversations")
+
+
+@pytest.mark.parametrize("gap", [[], None])
+@pytest.mark.parametrize("model", ["smollm2", "base"])
+def test_a_first_conversation_without_turns_is_left_out_as_any_other(samples, tmp_path, gap, model):
+    lines = (DATA / "sharegpt.jsonl").read_text().splitlines()
+    (tmp_path / "gap.jsonl").write_text("\n".join([json.dumps({**json.loads(lines[0]), "conversations": gap}), *lines]))
+    for options in ({"config": RECIPES / "data/local_conversations.yaml"}, {"messages_column": "conversations"}):
+        given = {"assistant_only_loss": True, "fallback_chat_template": RECIPES / "chat_template.jinja", **options}
+        assert samples(str(tmp_path / "gap.jsonl"), model, **given) == samples("sharegpt.jsonl", model, **given)
+
+
+def test_a_text_is_trained_on_or_a_prompt_with_its_completion_with_its_end_in_either_case(samples, tmp_path):
+    """TRL would put the end token of a prompt's completion onto a text beside it."""
+    rows = [
+        {"text": "one two three", "prompt": "one", "completion": " two"},
+        {"text": "a b", "prompt": "a", "completion": " c"},
+    ]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert samples(str(tmp_path / "both.jsonl"), "base") == ["one⟦ two<|im_end|>⟧", "a⟦ c<|im_end|>⟧"]
+    for row in rows:
+        del row["completion"]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = samples(str(tmp_path / "text.jsonl"), "base")
+    assert [text.replace("⟦", "").replace("⟧", "") for text in shown] == ["one two three<|im_end|>", "a b<|im_end|>"]

@@ -285,6 +285,15 @@ def planner_of(model: str, *options: str):
     return make_planner(["--model_name_or_path", model, "--budget", "12.5x50", *rows, *OPTIONS, *options])
 
 
+@pytest.mark.parametrize(("scope", "survivors"), [("process", 8), ("all_processes", 8), ("micro_batch", 16)])
+@pytest.mark.parametrize("option", ["--num_processes", "--num-processes"])
+def test_survivors_are_counted_by_what_is_compared(small_dir, option, scope, survivors):
+    """12.5% of 16 candidates on each of 4 processes, of all 64, or of the 4 in each of 16 micro-batches."""
+    planner = planner_of(small_dir, option, "4", "--gradient_accumulation_steps", "4", "--selection_scope", scope)
+    run = planner._run(planner.setting)
+    assert (run["candidates"], run["survivors"]) == (64, survivors)
+
+
 @pytest.mark.parametrize("room", [0.5, 8.0])
 def test_fit_finds_the_fastest_settings_that_fit_and_learn_the_same(only_the_model, small_dir, room):
     planner = planner_of(small_dir)

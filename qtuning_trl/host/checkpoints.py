@@ -68,13 +68,14 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: Any) -> str | None:
                 "interrupted run."
             )
         return str(whole)
+    wanted = os.path.expanduser(str(wanted))
     if not os.path.isdir(wanted):
         raise ValueError(f"`resume_from_checkpoint` is {wanted!r}: no such folder; give a checkpoint's, or true.")
     if not is_whole(Path(wanted)):
         newest = next(filter(is_whole, list_checkpoints(Path(wanted).absolute().parent)), None)
         remedy = "give a folder `checkpoint-<step>`" if newest is None else f"give {str(newest)!r}"
         raise ValueError(f"`resume_from_checkpoint` is {wanted!r}, which is no whole checkpoint: {remedy}, or true.")
-    return str(wanted)
+    return wanted
 
 
 def warn_of_half_written(checkpoint: str | None) -> None:

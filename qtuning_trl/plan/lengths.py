@@ -88,7 +88,8 @@ def data_lengths(
     if not isinstance(data, Dataset) or len(data) > MOST_ROWS:
         return assumed_lengths(training_args, "the data is a stream or too large to measure")
     try:
-        tokenizer = _tokenizer(model_args, training_args)
+        with _offline():
+            tokenizer = _tokenizer(model_args, training_args)
     except (OSError, ValueError):
         return assumed_lengths(training_args, "the tokenizer is not here")
     chosen = _chosen_rows(data)

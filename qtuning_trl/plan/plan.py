@@ -279,7 +279,7 @@ class Planner:
         peaks = {"optimizer": optimizer, "training": micro_batch}
         free = scored = 0
         if self.prunes:
-            survivors = budget_size(self.args.sample_ratio, setting.rows * setting.accumulation * self.args.pool_factor)
+            survivors = self._survivors(setting, 1)
             rows = min(setting.rows, survivors)
             if self.args.micro_batches == "small":
                 rows = math.ceil(survivors / min(survivors, setting.accumulation * self.args.pool_factor))
@@ -383,11 +383,19 @@ class Planner:
             notes=self._notes(setting, card),
         )
 
+    def _survivors(self, setting: Setting, processes: int) -> int:
+        """Survivors of a step on so many processes: of each group that is compared, as many as its budget."""
+        group = setting.rows * self.args.pool_factor
+        group *= 1 if self.args.selection_scope == "micro_batch" else setting.accumulation
+        group *= processes if self.args.selection_scope == "all_processes" else 1
+        candidates = setting.rows * setting.accumulation * self.args.pool_factor * processes
+        return candidates // group * budget_size(self.args.sample_ratio, group)
+
     def _run(self, setting: Setting) -> dict[str, Any]:
         candidates = setting.rows * setting.accumulation * self.args.pool_factor * self.processes
         run: dict[str, Any] = {
             "candidates": candidates,
-            "survivors": candidates if not self.prunes else budget_size(self.args.sample_ratio, candidates),
+            "survivors": self._survivors(setting, self.processes) if self.prunes else candidates,
             "steps": None,
             "tokens": None,
         }

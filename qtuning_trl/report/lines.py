@@ -1,6 +1,7 @@
 """What a terminal is shown: one short line a log, and what was kept when a run ends. Trackers get every figure."""
 
 import os
+from shlex import quote
 from typing import Any
 
 WIDTH = 100
@@ -75,11 +76,11 @@ def closing_lines(summary: dict[str, Any], output_dir: str, adapter: bool, recor
         f"{'Adapter' if adapter else 'Model'} saved to {output_dir}; "
         f"what was kept: {os.path.join(output_dir, summary_name)}",
         "Next:",
-        *([f"  qtuning report {output_dir}"] if recorded else []),
-        f"  qtuning eval {'--adapter' if adapter else '--model'} {output_dir}",
+        *([f"  qtuning report {quote(output_dir)}"] if recorded else []),
+        f"  qtuning eval {'--adapter' if adapter else '--model'} {quote(output_dir)}",
     ]
     if adapter:
-        done.append(f"  qtuning merge {output_dir}  (for vLLM, Ollama and others: docs/from_file_to_model.md)")
+        done.append(f"  qtuning merge {quote(output_dir)}  (for vLLM, Ollama and others: docs/from_file_to_model.md)")
     return "\n".join(done)
 
 

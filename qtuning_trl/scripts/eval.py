@@ -12,6 +12,7 @@ qtuning eval --model my-model --tasks my_task --include_path my_tasks
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,16 @@ def make_parser() -> argparse.ArgumentParser:
         prog="qtuning eval", description=(__doc__ or "").strip().split("\n")[0], epilog=EPILOG, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", help="folder or name of the model; if left out, the base model that the adapter names")
-    add("--adapter", help="folder or name of a PEFT adapter (LoRA): the model is evaluated without and with it")
+    add(
+        "--model",
+        type=expanduser,
+        help="folder or name of the model; if left out, the base model that the adapter names",
+    )
+    add(
+        "--adapter",
+        type=expanduser,
+        help="folder or name of a PEFT adapter (LoRA): the model is evaluated without and with it",
+    )
     add("--no_base", action="store_true", help="evaluate the adapter alone, not the base model beside it")
     add("--protocol", default="lm-eval", choices=tuple(PROTOCOLS),
         help="whose versions of the paper's six tasks: lm-eval's, or the authors' (default: %(default)s)")  # fmt: skip
@@ -71,8 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--load_in_4bit", action="store_true", help="load the model in 4-bit NF4, as QLoRA trains on")
     add("--device", help="such as 'cpu' or 'cuda:1'; default: an accelerator if there is one")
     add("--use_cpu", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
-    add("--output", help=f"folder for {RECORD_NAME}.json and {RECORD_NAME}.md; default: the adapter's, else "
-        + DEFAULT_OUTPUT)  # fmt: skip
+    add(
+        "--output",
+        type=expanduser,
+        help=f"folder for {RECORD_NAME}.json and {RECORD_NAME}.md; default: the adapter's, else {DEFAULT_OUTPUT}",
+    )
     return parser
 
 

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..cli import EPILOG
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     """`qtuning merge`: merge, and say where the model is; raises what [`merge`] raises."""
     options = make_parser().parse_args(list(argv))
     output = merge(options.run, options.output, options.base, options.dtype)
-    print(f"Model saved to {output}\nNext:\n  qtuning eval --model {output}\n  vllm serve {output}")
+    folder = quote(str(output))
+    print(f"Model saved to {output}\nNext:\n  qtuning eval --model {folder}\n  vllm serve {folder}")
     return 0
 
 

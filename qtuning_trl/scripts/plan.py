@@ -115,14 +115,14 @@ def make_planner(argv: Sequence[str], whole: bool = False) -> Any:
     if script_args.dataset_name or dataset_args.datasets:
         refuse_data(script_args.dataset_name, [vars(entry) for entry in dataset_args.datasets])
     refuse_uncounted_options(training_args, model_args)
-    launched = [argument.removeprefix("--").partition("=")[0] for argument in parsed.launch_args]
+    arguments = [part for argument in parsed.launch_args for part in argument.split("=", 1)]
+    launched = [argument.removeprefix("--").replace("-", "_") for argument in arguments]
     sharded = [name for name in launched if name in SHARDED]
     if sharded:
         refuse_sharded(sharded[0])
     processes = 1
     if "num_processes" in launched:
-        arguments = [part for argument in parsed.launch_args for part in argument.split("=", 1)]
-        processes = int(arguments[arguments.index("--num_processes") + 1])
+        processes = int(arguments[launched.index("num_processes") + 1])
     config = model_config(model_args, training_args)
     lengths = data_lengths(config, script_args, training_args, model_args, dataset_args)
     return Planner(config, lengths, training_args, model_args, processes, whole)

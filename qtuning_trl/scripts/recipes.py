@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import yaml
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if options.command == "copy":
         file = copy_recipe(options.name, options.file)
         runs = "model_name_or_path" in load_recipe(file)
-        print(f"{options.name} copied to {file}" + (f"\nNext:\n  qtuning sft --config {file}" if runs else ""))
+        following = f"\nNext:\n  qtuning sft --config {quote(str(file))}" if runs else ""
+        print(f"{options.name} copied to {file}{following}")
     else:
         print(listing())
     return 0

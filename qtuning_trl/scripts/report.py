@@ -4,6 +4,7 @@ Show what runs, or a scored data set, kept and dropped, in one HTML file. A run 
 
 import argparse
 from collections.abc import Sequence
+from os.path import expanduser
 
 from ..cli import EPILOG
 from ..report.report import DEFAULT_NAME, write_report
@@ -14,11 +15,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="qtuning report", description=(__doc__ or "").strip(), epilog=EPILOG)
     parser.add_argument(
         "runs",
+        type=expanduser,
         nargs="+",
         metavar="RUN",
         help="output_dir of a run, or what `qtuning score` wrote; several are laid side by side",
     )
-    parser.add_argument("--output", metavar="FILE", help=f"the HTML file (default: {DEFAULT_NAME} in the first RUN)")
+    parser.add_argument(
+        "--output", type=expanduser, metavar="FILE", help=f"the HTML file (default: {DEFAULT_NAME} in the first RUN)"
+    )
     parser.add_argument(
         "--color_by",
         metavar="COLUMN",

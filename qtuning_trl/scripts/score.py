@@ -12,12 +12,14 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     end_in_one_line()
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,13 +47,7 @@ from ..studies.dataset_scoring import (
     select_rows,
 )
 from ..studies.scored_data import COLUMNS, FORMATS, finished_rows, is_written, output_features, pruned_rows, write_rows
-from .sft import (
-    QTuningScriptArguments,
-    find_model,
-    model_init_kwargs,
-    refuse_missing_files,
-    settle_template,
-)
+from .sft import QTuningScriptArguments, find_model, model_init_kwargs, refuse_missing_files, settle_template
 
 if TYPE_CHECKING:
     from ..trainer import QTuningSFTTrainer
@@ -159,6 +155,7 @@ def parse(argv: Sequence[str], prog: str | None = None) -> Parsed:
     """
     parsed = make_parser(prog).parse(argv)
     script_args, training_args, model_args, dataset_args = parsed.dataclasses
+    script_args.output = script_args.output and os.path.expanduser(script_args.output)
     for name in ("sample_pruner", "token_pruner"):
         if getattr(training_args, name) != "q_tuning":
             raise ValueError(
@@ -244,6 +241,7 @@ class DatasetScorer:
         dataset_args: DatasetMixtureConfig,
     ):
         self.script_args, self.args, self.model_name = script_args, training_args, model_args.model_name_or_path
+        self.init_kwargs = str(training_args.model_init_kwargs or {})  # the trainer takes them
         self.answer_tokens = self.kept_tokens = 0  # counted while the result is written
         with training_args.main_process_first(desc="data set mapping"):
             splits = load_data(script_args, dataset_args)
@@ -261,9 +259,11 @@ class DatasetScorer:
 
     def _settings(self, model_args: ModelConfig) -> dict[str, Any]:
         """What the scores depend on."""
-        names = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
+        names = ["model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"]
+        names += ["bnb_4bit_quant_type", "use_bnb_nested_quant"]
         return {
             **{name: getattr(model_args, name) for name in names},
+            "model_init_kwargs": self.init_kwargs,
             "adapter": self.script_args.adapter,
             "bf16": self.args.bf16,
             "fp16": self.args.fp16,
@@ -368,7 +368,8 @@ class DatasetScorer:
         left_out = len(self.original) - rows
         note = f"; {left_out:,} rows without an answer token are left out" if left_out else ""
         asked, tokens = asked_shares(self.args.sample_ratio, self.args.token_ratio), self.kept_tokens
-        report = f"\nNext:\n  qtuning report {self.script_args.output} --tokenizer {self.model_name}"
+        output, tokenizer = quote(str(self.script_args.output)), quote(str(self.model_name))
+        report = f"\nNext:\n  qtuning report {output} --tokenizer {tokenizer}"
         return (
             f"{rows:,} rows scored ({corners}), {kept:,} kept, {int(decisions.prune_tokens.sum()):,} of them without "
             f"their worst answer tokens{note}. Samples: {kept / max(rows, 1):.2%} (asked: {asked['samples']:.2%}); "

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     end_in_one_line()
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ def find_model(model_args: ModelConfig, training_args: QTuningSFTConfig) -> str:
     """
     from transformers import AutoConfig
 
-    name = str(model_args.model_name_or_path)
+    name = os.path.expanduser(str(model_args.model_name_or_path))
     if name == demo.BASE_MODEL:
         return demo.base_model_path()
     try:
