@@ -405,8 +405,6 @@ def to_json(comparison: Comparison, results: dict[Run, dict[str, Any]]) -> dict[
 
 
 def rows_from_json(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of [`summarize`], from what [`to_json`] made of them."""
-    return [
-        {name: Estimate(**value) if isinstance(value, dict) else value for name, value in row.items()}
-        for row in content["rows"]
-    ]
+    """The rows of [`summarize`], of the runs that [`to_json`] wrote."""
+    names = ("pruner", "budget", "seed", "options", "tokens")
+    return summarize({Run(**{name: run.get(name) for name in names}): run for run in content["runs"]})
