@@ -103,7 +103,6 @@ def test_a_comparison_goes_on_where_it_stopped_and_says_what_failed(tmp_path, co
 
     # What is finished is not repeated, and its recipe not written anew; what left half a result is.
     (folders["mask-25x50-seed-0"] / RESULT_NAME).write_text('{"eval_loss": 1.')
-    (folders["zero-shot-100x100-seed-0"] / RECIPE_NAME).write_text("")
     recipe = (folders["full-data-100x100-seed-0"] / RECIPE_NAME).stat().st_mtime_ns
     before = {name: (folder / RESULT_NAME).stat().st_mtime_ns for name, folder in folders.items() if "100x100" in name}
     again = run("--config", path)

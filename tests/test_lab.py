@@ -114,7 +114,7 @@ def test_every_run_of_the_laboratory_can_start(path, tmp_path, monkeypatch, own_
             compare._write_recipe(tmp_path / run.name, comparison, run)
             arguments = sft.parse(["--config", str(tmp_path / run.name / RECIPE_NAME)]).dataclasses[1]
             seen.add((run.pruner, run.budget))
-            assert arguments.max_steps in (20, 24, 32, 40, 48, 60, 72, 96, 100, 130, 160, 240)
+            assert arguments.max_steps in (6, 12, 20, 24, 32, 40, 48, 60, 72, 96, 100, 130, 160, 240)
     assert ("full data", "100x100") in seen
     assert "q_tuning" in {pruner for pruner, _ in seen} or path.stem in WITHOUT_Q_TUNING
 

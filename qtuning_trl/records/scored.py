@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import demo
 from ..errors import cause
 from ..step.sample import IGNORE, SAMPLE_ID
 from .run import THRESHOLDS
@@ -122,9 +121,8 @@ class ScoredReader:
         """
         from transformers import AutoTokenizer
 
-        name = demo.base_model_path() if self.tokenizer_name == demo.BASE_MODEL else self.tokenizer_name
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(self.tokenizer_name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(
                 f"`--tokenizer` is {self.tokenizer_name!r}, which cannot be loaded ({cause(error)}): give the model "

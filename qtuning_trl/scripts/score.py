@@ -28,6 +28,7 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from trl import DatasetMixtureConfig, ModelConfig
 
+from .. import demo
 from ..cli import BAD_INPUT, EPILOG, FAILED_RUN, exit_on_error, take_traceback_flag
 from ..config import QTuningSFTConfig
 from ..data import load_data, mapped, pick_split
@@ -368,8 +369,8 @@ class DatasetScorer:
         left_out = len(self.original) - rows
         note = f"; {left_out:,} rows without an answer token are left out" if left_out else ""
         asked, tokens = asked_shares(self.args.sample_ratio, self.args.token_ratio), self.kept_tokens
-        output, tokenizer = quote(str(self.script_args.output)), quote(str(self.model_name))
-        report = f"\nNext:\n  qtuning report {output} --tokenizer {tokenizer}"
+        tokenizer = demo.base_model_path() if self.model_name == demo.BASE_MODEL else str(self.model_name)
+        report = f"\nNext:\n  qtuning report {quote(str(self.script_args.output))} --tokenizer {quote(tokenizer)}"
         return (
             f"{rows:,} rows scored ({corners}), {kept:,} kept, {int(decisions.prune_tokens.sum()):,} of them without "
             f"their worst answer tokens{note}. Samples: {kept / max(rows, 1):.2%} (asked: {asked['samples']:.2%}); "
