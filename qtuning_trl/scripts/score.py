@@ -260,10 +260,11 @@ class DatasetScorer:
 
     def _settings(self, model_args: ModelConfig) -> dict[str, Any]:
         """What the scores depend on."""
-        names = ["model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"]
-        names += ["bnb_4bit_quant_type", "use_bnb_nested_quant"]
+        names = (
+            "model_name_or_path model_revision dtype attn_implementation load_in_4bit load_in_8bit bnb_4bit_quant_type"
+        )
         return {
-            **{name: getattr(model_args, name) for name in names},
+            **{name: getattr(model_args, name) for name in [*names.split(), "use_bnb_nested_quant"]},
             "model_init_kwargs": self.init_kwargs,
             "adapter": self.script_args.adapter,
             "bf16": self.args.bf16,
