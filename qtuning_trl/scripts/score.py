@@ -260,15 +260,13 @@ class DatasetScorer:
 
     def _settings(self, model_args: ModelConfig) -> dict[str, Any]:
         """What the scores depend on."""
-        names = (
-            "model_name_or_path model_revision dtype attn_implementation load_in_4bit load_in_8bit bnb_4bit_quant_type"
-        )
+        names = ["model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit"]
+        names += ["bnb_4bit_quant_type", "use_bnb_nested_quant"]
         return {
-            **{name: getattr(model_args, name) for name in [*names.split(), "use_bnb_nested_quant"]},
+            **{name: getattr(model_args, name) for name in names},
             "model_init_kwargs": self.init_kwargs,
             "adapter": self.script_args.adapter,
-            "bf16": self.args.bf16,
-            "fp16": self.args.fp16,
+            **{name: getattr(self.args, name) for name in ("bf16", "fp16")},
             "rows_per_part": self.script_args.rows_per_part,
             "rows of the data set": len(self.prepared),
             "tokens of the data set": fingerprint(self.prepared),
