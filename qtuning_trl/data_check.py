@@ -378,9 +378,9 @@ def refuse_short_stream(dataset: Any, args: QTuningSFTConfig) -> None:
         dataset (`IterableDataset`): The training set as TRL prepared it.
         args ([`QTuningSFTConfig`]): The configuration.
     """
-    needed = args.per_device_train_batch_size * args.pool_factor * args.world_size
     if not args.dataloader_drop_last:
         return
+    needed = args.per_device_train_batch_size * args.pool_factor * args.world_size
     rows = sum(1 for _ in dataset.take(needed))
     if rows < needed:
         raise ValueError(

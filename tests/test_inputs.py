@@ -108,8 +108,7 @@ def test_epochs_of_a_stream_end_with_a_step_of_what_is_left(tmp_path, tokenizer,
     loaded.train()
     streamed = make_trainer(tmp_path / "b", tokenizer, dataset.to_iterable_dataset(), **options)
     streamed.train()
-    pairs = zip(streamed.model.parameters(), loaded.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert_same_weights(streamed, loaded)
     for trainer in (loaded, streamed):
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert [entry["qtuning/kept_samples"] for entry in logs] == kept

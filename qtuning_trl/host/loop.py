@@ -31,7 +31,8 @@ def place_in_stream(checkpoint: str, args: TrainingArguments) -> tuple[int, int]
     Epochs that are behind a checkpoint of a run on a stream, and batches of the next one, which are to be skipped.
 
     Leans on the loop's counting a stream's epoch as if it had all of the run's steps: `state.epoch` is the epochs
-    before and then the share of these that were made in the last one.
+    before and then the share of these that were made in the last one. Of the steps that the run had then: the state
+    that the trainer has loaded knows only those that it has now.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     epoch = int(state.epoch or 0.0)

@@ -385,11 +385,11 @@ class Planner:
 
     def _survivors(self, setting: Setting, processes: int) -> int:
         """Survivors of a step on so many processes: of each group that is compared, as many as its budget."""
-        group = setting.rows * self.args.pool_factor
-        group *= 1 if self.args.selection_scope == "micro_batch" else setting.accumulation
-        group *= processes if self.args.selection_scope == "all_processes" else 1
-        candidates = setting.rows * setting.accumulation * self.args.pool_factor * processes
-        return candidates // group * budget_size(self.args.sample_ratio, group)
+        batches = setting.accumulation * processes
+        together = {"micro_batch": 1, "process": setting.accumulation, "all_processes": batches}
+        compared = together[self.args.selection_scope]
+        group = setting.rows * self.args.pool_factor * compared
+        return batches // compared * budget_size(self.args.sample_ratio, group)
 
     def _run(self, setting: Setting) -> dict[str, Any]:
         candidates = setting.rows * setting.accumulation * self.args.pool_factor * self.processes

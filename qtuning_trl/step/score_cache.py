@@ -111,6 +111,7 @@ class ScoreCache:
     def resume(self, checkpoint: str | None) -> bool:
         """Begin anew, or go on from a checkpoint; `False` if that has no scores. Raises as `load` does."""
         self.scores.clear()
+        self.news.clear()
         return checkpoint is None or self.load(checkpoint)
 
     def load(self, folder: str | Path) -> bool:
@@ -151,7 +152,7 @@ class ScoreKeeper(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cache.epoch = math.floor((state.epoch or 0.0) + 1e-9) - 1
         if state.global_step == 0:  # `auto_find_batch_size` starts again after steps that did not fit
-            self.cache.scores.clear()
+            self.cache.resume(None)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted here: of a stream, whose length is unknown, `state.epoch` tells a new epoch after its first step only.
