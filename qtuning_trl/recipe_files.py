@@ -57,6 +57,12 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return _load(find_recipe(path), ())
 
 
+def recipe_paths(folder: Path) -> list[Path]:
+    """The recipes in a folder, and in `paper` below it, that name a model to be trained on a card."""
+    recipes = {path: load_recipe(path) for part in ("", "paper") for path in sorted((folder / part).glob("*.yaml"))}
+    return [path for path, recipe in recipes.items() if "model_name_or_path" in recipe and not recipe.get("use_cpu")]
+
+
 def load_recipes(paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """
     Several recipes as one, as if they were the `base` of another: a later one replaces keys of an earlier one.

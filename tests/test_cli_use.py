@@ -16,8 +16,7 @@ from test_cli import recipe, refusal, run  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtuning_trl import cli, recipe_files
-from qtuning_trl.plan.recipes import recipe_paths
-from qtuning_trl.recipe_files import find_recipe, load_recipe, shipped_names
+from qtuning_trl.recipe_files import find_recipe, load_recipe, recipe_paths, shipped_names
 from qtuning_trl.scripts import completion, sft
 from qtuning_trl.scripts.merge import merge
 

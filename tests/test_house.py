@@ -75,7 +75,7 @@ def test_no_modules_import_each_other_in_a_circle():
         ("pruners", ("method",)),
         ("host", ("config", "errors")),
         ("step", ("method", "pruners", "config", "host")),
-        ("plan", ("method", "config", "data", "chat_templates", "demo", "errors", "host", "step", "recipe_files")),
+        ("plan", ("method", "config", "data", "chat_templates", "demo", "errors", "host", "step")),
         ("records", ("method", "config", "errors", "step")),
         ("report", ("records",)),
     ],

@@ -42,10 +42,11 @@ from qtuning_trl.plan.fit import fit, recipe_lines, write_recipe
 from qtuning_trl.plan.lengths import Lengths, prepared_lengths
 from qtuning_trl.plan.model import model_config
 from qtuning_trl.plan.plan import GIB, verdict
-from qtuning_trl.plan.recipes import END, START, named_card, recipe_paths, update_readme
+from qtuning_trl.plan.recipes import END, START, named_card, update_readme
 from qtuning_trl.plan.text import TABLE_CARDS, describe, one_line
 from qtuning_trl.plan.timing import Budget, Cost, Costs, StepShape, step_time
 from qtuning_trl.plan.trainer import stand_in_trainer
+from qtuning_trl.recipe_files import recipe_paths
 from qtuning_trl.scripts import sft
 from qtuning_trl.scripts.plan import make_planner, parse, recipe_planner
 from qtuning_trl.scripts.sft import make_parser
@@ -530,12 +531,12 @@ def test_the_table_is_written_between_its_marks(tmp_path, small_dir):
     (tmp_path / "mine.yaml").write_text("# Meant for a card with 8 GB.\n" + yaml.safe_dump(recipe))
     (tmp_path / "README.md").write_text("before\n")
     with pytest.raises(ValueError, match="put the lines '<!-- plans"):
-        update_readme(tmp_path, recipe_planner)
+        update_readme(tmp_path, recipe_paths(tmp_path), recipe_planner)
     (tmp_path / "README.md").write_text(f"before\n{START}\nold\n{END}\nafter\n")
     with pytest.raises(ValueError, match=r"not the one its first line names: mine.yaml \(6 GB\)"):
-        update_readme(tmp_path, recipe_planner)
+        update_readme(tmp_path, recipe_paths(tmp_path), recipe_planner)
     (tmp_path / "mine.yaml").write_text("# Meant for a card with 6 GB.\n" + yaml.safe_dump(recipe))
-    assert not update_readme(tmp_path, recipe_planner)
+    assert not update_readme(tmp_path, recipe_paths(tmp_path), recipe_planner)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith(f"before\n{START}\n\n| recipe |")
     assert text.endswith(f"|\n\n{END}\nafter\n")

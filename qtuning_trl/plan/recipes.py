@@ -1,22 +1,14 @@
 """The table of plans in `recipes/README.md`: each recipe on each card, as `qtuning plan` has it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..recipe_files import load_recipe
 from .plan import Plan, Planner
 from .text import TABLE_CARDS, recipe_table
 
 START, END = "<!-- plans: made by `qtuning plan --recipes recipes` -->", "<!-- end of plans -->"
 CARD = re.compile(r"Meant for a card with (\d+) GB")
-
-
-def recipe_paths(folder: Path) -> list[Path]:
-    """The recipes that name a model to be trained on a card."""
-    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("paper/*.yaml"))]
-    recipes = {path: load_recipe(path) for path in paths}
-    return [path for path in paths if "model_name_or_path" in recipes[path] and not recipes[path].get("use_cpu")]
 
 
 def plans_by_card(planner: Planner) -> dict[float, Plan]:
@@ -35,12 +27,13 @@ def named_card(path: Path) -> float | None:
     return float(named[1]) if named else None
 
 
-def update_readme(folder: Path, planner: Callable[[Path], Planner]) -> bool:
+def update_readme(folder: Path, recipes: Iterable[Path], planner: Callable[[Path], Planner]) -> bool:
     """
     Bring the table between the marks in `README.md` up to date; whether it was not.
 
     Args:
         folder (`Path`): That of the recipes and README.md.
+        recipes (`Iterable[Path]`): Those to plan, in the order of the table.
         planner (`Callable`): Takes the path of a recipe.
 
     Raises:
@@ -52,7 +45,7 @@ def update_readme(folder: Path, planner: Callable[[Path], Planner]) -> bool:
     if START not in text or END not in text:
         raise ValueError(f"`--recipes` is '{folder}': put the lines '{START}' and '{END}' into its README.md.")
     rows, wrong = [], []
-    for recipe in recipe_paths(folder):
+    for recipe in recipes:
         plans = plans_by_card(planner(recipe))
         if named_card(recipe) != smallest_card(plans):
             wrong.append(f"{recipe.name} ({smallest_card(plans):g} GB)")

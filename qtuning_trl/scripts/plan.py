@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..cli import BAD_INPUT, EPILOG, exit_on_error, take_traceback_flag
-from ..recipe_files import load_recipes
+from ..recipe_files import load_recipes, recipe_paths
 
 SHARDED = ("use_fsdp", "use_deepspeed", "use_megatron_lm", "accelerate_config", "config_file")
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     if options.recipes is not None:
         from ..plan.recipes import update_readme
 
-        changed = update_readme(options.recipes, recipe_planner)
+        changed = update_readme(options.recipes, recipe_paths(options.recipes), recipe_planner)
         print(f"{options.recipes / 'README.md'}: {'updated' if changed else 'up to date'}")
         return 0
     planner = make_planner(rest, options.whole)
